@@ -1,0 +1,273 @@
+"""The narrow waist: what an engine promises, and the decisions that every engine takes alike.
+
+An engine queues runs, gives leases, keeps logs and checkpoints; it knows no HTTP and no nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
+
+from langgraph.checkpoint.base import BaseCheckpointSaver
+
+from runtime.errors import CursorAhead, LeaseLost, ThreadBusy
+from runtime.events import STATUS, TERMINAL_TYPES, Event
+from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, Statistics, StoredLine
+
+__all__ = [
+    "Checkpointed",
+    "Engine",
+    "Tails",
+    "check_append",
+    "check_claim",
+    "check_cursor",
+    "check_submit",
+    "follow",
+    "turning_point",
+    "void",
+]
+
+#: Lines that a tail keeps in memory for its watchers; older ones are read from the log.
+RING = 4096
+#: Lines that a watcher is given at a time.
+BATCH = 256
+
+
+class Engine(Protocol):
+    """Queue, leases, event log and checkpoints of runs. An async context manager.
+
+    Every method may raise StorageFailed. Times are unix seconds by the store's clock.
+    """
+
+    #: Names the log: a client that sends it back learns when the log is another one.
+    log_id: str
+    tails: Tails
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    async def submit(self, new: NewRun, queued: Event) -> Run:
+        """Insert a pending run with its first line, committed. Raises ThreadBusy."""
+        ...
+
+    async def get(self, run_id: str) -> Run:
+        """Raises UnknownRun."""
+        ...
+
+    async def search(self, query: RunQuery) -> Sequence[Run]:
+        """Runs, newest first."""
+        ...
+
+    async def claimable(self, limit: int) -> Sequence[Run]:
+        """Runs without a terminal line and without a valid lease, oldest first."""
+        ...
+
+    async def claim(
+        self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
+    ) -> Lease:
+        """Take a run as it was read: raises its epoch and appends its first line of that epoch.
+
+        `crashed` counts a crash. Raises LeaseLost when the run has moved on, ThreadBusy when
+        another claimed run has the thread.
+        """
+        ...
+
+    def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
+        """Extend leases; run id → what was learnt. Blocks; for a thread, never for the loop."""
+        ...
+
+    def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
+        """Add lines, and with the last status-changing one the run's status, in one transaction.
+
+        Returns at once; the future is done when they are committed. Lines leave in the order of
+        the calls. Fails with LeaseLost when the lease's epoch is not the run's any more.
+        """
+        ...
+
+    async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
+        """Add lines to a run that nobody executes, as it was read. Raises LeaseLost."""
+        ...
+
+    async def request_cancel(self, run_id: str, reason: str) -> Run:
+        """Store the wish; the first reason stays. The run as it is now."""
+        ...
+
+    async def read(self, run_id: str, after: int, limit: int = 1000) -> Sequence[StoredLine]:
+        """Committed lines with seq > after, in order, `limit` at most."""
+        ...
+
+    async def data(self, run_id: str, seq: int, member: str) -> bytes | None:
+        """A member that was too large for its line, encoded; None when there is none."""
+        ...
+
+    def checkpointer(
+        self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
+    ) -> BaseCheckpointSaver[Any]:
+        """A LangGraph saver whose writes are fenced by the lease; without one it only reads.
+
+        `before_write(progress)` is called before each write is posted, so that lines go first;
+        `progress` says that it is a new checkpoint of the root graph.
+        """
+        ...
+
+    async def checkpointed(self, thread_id: str) -> Checkpointed:
+        """What the checkpoints of a thread hold, to tell what must run again."""
+        ...
+
+    async def writable(self) -> bool:
+        """Whether the store takes a write right now."""
+        ...
+
+    async def statistics(self) -> Statistics:
+        """Runs by what they do."""
+        ...
+
+
+class Checkpointed:
+    """Which tasks of a thread have their result in a checkpoint."""
+
+    def __init__(self, stored: set[str], steps: dict[str, int]) -> None:
+        #: Task ids with a stored result.
+        self.stored = stored
+        #: Checkpoint namespace → the step of its latest checkpoint.
+        self.steps = steps
+
+
+# Decisions: taken on a row, without I/O.
+
+
+def check_submit(thread_id: str, active: Run | None) -> None:
+    """Multitask `reject`: any run without a terminal line has the thread."""
+    if active is not None:
+        raise ThreadBusy(thread_id, active.run_id)
+
+
+def void(run: Run, now: float) -> bool:
+    """Whether nobody may write for this run now."""
+    return run.lease_owner is None or run.lease_until is None or run.lease_until <= now
+
+
+def check_claim(seen: Run, current: Run | None, holder: str | None, now: float) -> None:
+    """A claim is for a run as it was read, and only when no other run has its thread."""
+    if (
+        current is None
+        or current.terminal is not None
+        or current.epoch != seen.epoch
+        or current.last_seq != seen.last_seq
+        or not void(current, now)
+    ):
+        raise LeaseLost(seen.run_id, seen.epoch)
+    if holder is not None and holder != seen.run_id:
+        raise ThreadBusy(seen.thread_id, holder)
+
+
+def check_append(run: Run | None, run_id: str, epoch: int) -> None:
+    """The fence: only the current epoch writes, and nothing follows a terminal line."""
+    if run is None or run.epoch != epoch or run.terminal is not None:
+        raise LeaseLost(run_id, epoch)
+
+
+def turning_point(events: Iterable[Event]) -> Event | None:
+    """The last line that changes the status."""
+    last = None
+    for event in events:
+        if event.type in STATUS:
+            last = event
+    return last
+
+
+# Reading: one tail per run, many watchers.
+
+
+class Tail:
+    """What was committed last for one run, and who waits for more."""
+
+    __slots__ = ("last", "lines", "waiters", "watchers")
+
+    def __init__(self) -> None:
+        self.lines: deque[StoredLine] = deque(maxlen=RING)
+        #: The seq of the last committed line, 0 before the first one is seen.
+        self.last = 0
+        self.watchers = 0
+        self.waiters: list[asyncio.Future[None]] = []
+
+    def after(self, seq: int) -> Sequence[StoredLine] | None:
+        """A batch of the lines after `seq`; None when only the log can tell."""
+        lines = self.lines
+        if not lines or lines[0].seq > seq + 1:
+            return None
+        start = len(lines) - (self.last - seq)
+        return [lines[i] for i in range(start, min(len(lines), start + BATCH))]
+
+    async def changed(self, seq: int, timeout: float | None) -> None:
+        """Wait until a line after `seq` is committed, or for `timeout` seconds."""
+        if self.last > seq:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        await asyncio.wait((waiter,), timeout=timeout)
+
+
+class Tails:
+    """The tails of one process, by run. Used from the event loop only."""
+
+    def __init__(self) -> None:
+        self._tails: dict[str, Tail] = {}
+
+    def publish(self, run_id: str, events: Iterable[Event]) -> None:
+        """Committed lines for those who watch; a run that nobody watches costs nothing."""
+        tail = self._tails.get(run_id)
+        if tail is None:
+            return
+        for event in events:
+            tail.lines.append(StoredLine(seq=event.seq, type=event.type, body=event.body))
+            tail.last = event.seq
+        waiters, tail.waiters = tail.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    @contextmanager
+    def watch(self, run_id: str) -> Iterator[Tail]:
+        """The run's tail, kept as long as somebody watches."""
+        tail = self._tails.setdefault(run_id, Tail())
+        tail.watchers += 1
+        try:
+            yield tail
+        finally:
+            tail.watchers -= 1
+            if not tail.watchers:
+                del self._tails[run_id]
+
+
+async def follow(
+    engine: Engine, run_id: str, after: int, *, tick: float | None = None
+) -> AsyncGenerator[Sequence[StoredLine], None]:
+    """Batches of committed lines from `after` on: replay and live are one path.
+
+    Yields an empty batch when it has caught up, and again after every `tick` seconds of silence.
+    Ends after the terminal line. A watcher that falls off the ring reads on from the log.
+    """
+    with engine.tails.watch(run_id) as tail:
+        while True:
+            batch = tail.after(after)
+            if batch is None:
+                batch = await engine.read(run_id, after)
+            if batch:
+                after = batch[-1].seq
+                yield batch
+                if batch[-1].type in TERMINAL_TYPES:
+                    return
+            elif tail.last <= after:
+                yield ()
+                await tail.changed(after, tick)
+
+
+def check_cursor(after: int, last_seq: int) -> None:
+    """A cursor is a seq that has been seen. Raises CursorAhead."""
+    if after > last_seq:
+        raise CursorAhead(after, last_seq)

@@ -1,0 +1,288 @@
+"""The engine that keeps all in this process: for tests, `run --local`, and as the reference."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver
+from langgraph.checkpoint.memory import InMemorySaver
+
+from runtime.engines.base import (
+    Checkpointed,
+    Tails,
+    check_append,
+    check_claim,
+    check_submit,
+    turning_point,
+    void,
+)
+from runtime.errors import LeaseLost, UnknownRun
+from runtime.events import STATUS, Event
+from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
+
+__all__ = ["MemoryEngine", "Store"]
+
+
+@dataclass
+class Store:
+    """What several engines over one memory share."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    lines: dict[str, list[StoredLine]] = field(default_factory=dict)
+    data: dict[tuple[str, int, str], bytes] = field(default_factory=dict)
+    saver: InMemorySaver = field(default_factory=InMemorySaver)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    log_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+class MemoryEngine:
+    """See `runtime.engines.base.Engine`. Nothing survives the process."""
+
+    def __init__(
+        self,
+        url: str = "memory://",
+        *,
+        store: Store | None = None,
+        clock: Callable[[], float] = time.time,
+        serde: Any = None,
+        **_: object,
+    ) -> None:
+        self._store = store or Store()
+        self._clock = clock
+        if serde is not None:
+            self._store.saver.serde = serde
+        self.log_id = self._store.log_id
+        self.tails = Tails()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    async def submit(self, new: NewRun, queued: Event) -> Run:
+        with self._store.lock:
+            check_submit(new.thread_id, self._active(new.thread_id))
+            now = self._clock()
+            run = Run(
+                run_id=new.run_id,
+                thread_id=new.thread_id,
+                graph=new.graph,
+                graph_digest=new.graph_digest,
+                request=new.request,
+                deadline=new.deadline,
+                status=RunStatus.PENDING,
+                epoch=0,
+                lease_owner=None,
+                lease_until=None,
+                crashes=0,
+                cancel_reason=None,
+                applied=False,
+                last_seq=0,
+                terminal=None,
+                created_at=now,
+                updated_at=now,
+                started_at=None,
+                ended_at=None,
+            )
+            self._store.lines[new.run_id] = []
+            return self._write(run, [queued])
+
+    async def get(self, run_id: str) -> Run:
+        try:
+            return self._store.runs[run_id]
+        except KeyError:
+            raise UnknownRun(run_id) from None
+
+    async def search(self, query: RunQuery) -> Sequence[Run]:
+        with self._store.lock:
+            runs = sorted(
+                self._store.runs.values(), key=lambda r: (r.created_at, r.run_id), reverse=True
+            )
+        return [run for run in runs if _matches(run, query)][: query.limit]
+
+    async def claimable(self, limit: int) -> Sequence[Run]:
+        now = self._clock()
+        with self._store.lock:
+            runs = [r for r in self._store.runs.values() if r.terminal is None and void(r, now)]
+        return sorted(runs, key=lambda r: (r.created_at, r.run_id))[:limit]
+
+    async def claim(
+        self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
+    ) -> Lease:
+        with self._store.lock:
+            now = self._clock()
+            check_claim(run, self._store.runs.get(run.run_id), self._holder(run.thread_id), now)
+            claimed = replace(
+                run,
+                epoch=run.epoch + 1,
+                lease_owner=owner,
+                lease_until=now + lease_s,
+                crashes=run.crashes + crashed,
+                cancel_reason=self._store.runs[run.run_id].cancel_reason,
+                started_at=run.started_at or now,
+            )
+            self._write(claimed, [event])
+        return Lease(run_id=run.run_id, thread_id=run.thread_id, epoch=claimed.epoch, owner=owner)
+
+    def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
+        learnt = {}
+        with self._store.lock:
+            until = self._clock() + lease_s
+            for lease in leases:
+                run = self._store.runs[lease.run_id]
+                held = run.epoch == lease.epoch and run.lease_owner == lease.owner
+                if held:
+                    self._store.runs[run.run_id] = replace(run, lease_until=until)
+                learnt[lease.run_id] = Renewal(held=held, cancel_reason=run.cancel_reason)
+        return learnt
+
+    def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
+        future = asyncio.get_running_loop().create_future()
+        try:
+            with self._store.lock:
+                run = self._store.runs.get(lease.run_id)
+                check_append(run, lease.run_id, lease.epoch)
+                assert run is not None
+                self._write(run, events)
+        except LeaseLost as exc:
+            future.set_exception(exc)
+        else:
+            future.set_result(None)
+        return future
+
+    async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
+        with self._store.lock:
+            check_claim(run, self._store.runs.get(run.run_id), None, self._clock())
+            return self._write(self._store.runs[run.run_id], events)
+
+    async def request_cancel(self, run_id: str, reason: str) -> Run:
+        run = await self.get(run_id)
+        if run.terminal is None and run.cancel_reason is None:
+            run = self._store.runs[run_id] = replace(
+                run, cancel_reason=reason, updated_at=self._clock()
+            )
+        return run
+
+    async def read(self, run_id: str, after: int, limit: int = 1000) -> Sequence[StoredLine]:
+        return self._store.lines.get(run_id, [])[after : after + limit]
+
+    async def data(self, run_id: str, seq: int, member: str) -> bytes | None:
+        return self._store.data.get((run_id, seq, member))
+
+    def checkpointer(
+        self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
+    ) -> BaseCheckpointSaver[Any]:
+        return _FencedSaver(self, lease, before_write)
+
+    async def checkpointed(self, thread_id: str) -> Checkpointed:
+        saver = self._store.saver
+        stored = {
+            task
+            for (thread, _, _), writes in saver.writes.items()
+            if thread == thread_id
+            for (task, _), (_, channel, _, _) in writes.items()
+            if channel not in WRITES_IDX_MAP
+        }
+        steps = {}
+        for ns, checkpoints in saver.storage.get(thread_id, {}).items():
+            if checkpoints:
+                _, metadata, _ = checkpoints[max(checkpoints)]
+                steps[ns] = int(saver.serde.loads_typed(metadata)["step"])
+        return Checkpointed(stored, steps)
+
+    async def writable(self) -> bool:
+        return True
+
+    async def statistics(self) -> Statistics:
+        runs = list(self._store.runs.values())
+        return Statistics(
+            pending=sum(run.status is RunStatus.PENDING for run in runs),
+            running=sum(run.status is RunStatus.RUNNING for run in runs),
+            ended=sum(run.status.ended for run in runs),
+        )
+
+    def _active(self, thread_id: str) -> Run | None:
+        for run in self._store.runs.values():
+            if run.thread_id == thread_id and run.terminal is None:
+                return run
+        return None
+
+    def _holder(self, thread_id: str) -> str | None:
+        active = self._active(thread_id)
+        return active.run_id if active is not None and active.epoch > 0 else None
+
+    def _write(self, run: Run, events: Sequence[Event]) -> Run:
+        """Lines and what they make of the row, as one step."""
+        lines = self._store.lines[run.run_id]
+        for event in events:
+            if event.seq != len(lines) + 1:
+                raise LeaseLost(run.run_id, run.epoch)
+            lines.append(StoredLine(seq=event.seq, type=event.type, body=event.body))
+            for member, value in event.data:
+                self._store.data[run.run_id, event.seq, member] = value
+        now = self._clock()
+        run = replace(run, last_seq=len(lines), updated_at=now)
+        if (turn := turning_point(events)) is not None:
+            run = replace(run, status=STATUS[turn.type])
+            if turn.terminal or turn.type == "run.requeued":
+                run = replace(run, lease_owner=None, lease_until=None)
+            if turn.terminal:
+                run = replace(run, terminal=turn.seq, ended_at=now)
+        self._store.runs[run.run_id] = run
+        self.tails.publish(run.run_id, events)
+        return run
+
+    def checkpoint_written(self, lease: Lease, *, progress: bool) -> None:
+        """The fence of the saver; a new checkpoint of the root is progress after a crash."""
+        run = self._store.runs.get(lease.run_id)
+        check_append(run, lease.run_id, lease.epoch)
+        assert run is not None
+        self._store.runs[run.run_id] = replace(
+            run, applied=True, crashes=0 if progress else run.crashes
+        )
+
+
+class _FencedSaver(InMemorySaver):
+    """LangGraph's saver over the shared store; writes need the lease."""
+
+    def __init__(
+        self, engine: MemoryEngine, lease: Lease | None, before_write: Callable[[bool], None] | None
+    ) -> None:
+        saver = engine._store.saver
+        super().__init__(serde=saver.serde)
+        self.storage, self.writes, self.blobs = saver.storage, saver.writes, saver.blobs
+        self._engine = engine
+        self._lease = lease
+        self._before_write = before_write
+
+    def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
+        self._fence(progress=not config["configurable"].get("checkpoint_ns"))
+        return super().put(config, checkpoint, metadata, new_versions)
+
+    def put_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
+        self._fence(progress=False)
+        super().put_writes(config, writes, task_id, task_path)
+
+    def _fence(self, *, progress: bool) -> None:
+        if self._lease is None:
+            return
+        if self._before_write is not None:
+            self._before_write(progress)
+        self._engine.checkpoint_written(self._lease, progress=progress)
+
+
+def _matches(run: Run, query: RunQuery) -> bool:
+    return (
+        (query.status is None or run.status == query.status)
+        and (query.graph is None or run.graph == query.graph)
+        and (query.thread_id is None or run.thread_id == query.thread_id)
+        and (query.updated_after is None or run.updated_at > query.updated_after)
+        and (query.cursor is None or (run.created_at, run.run_id) < query.cursor)
+    )

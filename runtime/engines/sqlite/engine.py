@@ -1,0 +1,469 @@
+"""Runs, logs and checkpoints in one SQLite file, held by one process.
+
+`sqlite:///./sereno.db` keeps every promise when the process dies at any instant;
+`?sync=full` also through a loss of power, at one fsync a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+import aiosqlite
+from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver
+
+from runtime.engines.base import (
+    Checkpointed,
+    Tails,
+    check_claim,
+    check_submit,
+    turning_point,
+)
+from runtime.engines.sqlite.saver import FencedSaver
+from runtime.engines.sqlite.writer import Writer
+from runtime.errors import BadSetting, EngineLocked, LeaseLost, StorageFailed, UnknownRun
+from runtime.events import STATUS, Event
+from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
+
+__all__ = ["SqliteEngine"]
+
+SCHEMA_VERSION = "1"
+_COLUMNS = (
+    "run_id, thread_id, graph, graph_digest, request, status, epoch, lease_owner, lease_until, "
+    "crashes, deadline, cancel_reason, applied, last_seq, terminal, created_at, updated_at, "
+    "started_at, ended_at"
+)
+_SELECT = f"SELECT {_COLUMNS} FROM runs"
+#: Channels of a task that are not its result.
+_NOT_A_RESULT = (*WRITES_IDX_MAP, "__error_source_node__")
+
+
+class SqliteEngine:
+    """See `runtime.engines.base.Engine`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        serde: Any = None,
+        wait_lock: bool = False,
+        lock: bool = True,
+        **_: object,
+    ) -> None:
+        self._path, self._synchronous = _parse(url)
+        # SQLite's own clock is the host's, too.
+        self._clock = clock
+        self._serde = serde
+        self._wait_lock = wait_lock
+        self._lock = _FileLock(self._path.with_name(self._path.name + ".lock")) if lock else None
+        self._stack = contextlib.AsyncExitStack()
+        self.log_id = ""
+        self.tails = Tails()
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._lock is not None:
+                await self._lock.acquire(wait=self._wait_lock)
+                stack.callback(self._lock.release)
+            schema = files(__package__).joinpath("schema.sql").read_text("utf-8")
+            self._writer = Writer(self._path, synchronous=self._synchronous, schema=schema)
+            try:
+                await asyncio.to_thread(self._writer.open)
+            except sqlite3.Error as exc:
+                raise StorageFailed(f"{self._path}: {exc}") from exc
+            stack.push_async_callback(asyncio.to_thread, self._writer.close)
+            self.log_id = await self._writer.call(self._adopt)
+            self._reader = await stack.enter_async_context(aiosqlite.connect(self._path))
+            await self._reader.execute("PRAGMA query_only=ON")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    def _adopt(self, db: sqlite3.Connection) -> str:
+        """The holder of the lock voids the leases of those who held it before."""
+        db.execute(
+            "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('schema', ?)",
+            (uuid.uuid4().hex, SCHEMA_VERSION),
+        )
+        meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
+        if meta["schema"] != SCHEMA_VERSION:
+            raise StorageFailed(
+                f"{self._path} has schema {meta['schema']}, this version reads {SCHEMA_VERSION}"
+            )
+        if self._lock is not None:
+            db.execute("UPDATE runs SET lease_until = 0 WHERE terminal IS NULL")
+        return str(meta["log_id"])
+
+    async def submit(self, new: NewRun, queued: Event) -> Run:
+        request = json.dumps(new.request, ensure_ascii=True)
+
+        def insert(db: sqlite3.Connection) -> Run:
+            active = db.execute(
+                f"{_SELECT} WHERE tenant = 'default' AND thread_id = ? AND terminal IS NULL",
+                (new.thread_id,),
+            ).fetchone()
+            check_submit(new.thread_id, _run(active) if active else None)
+            now = self._clock()
+            db.execute(
+                "INSERT INTO runs (run_id, thread_id, graph, graph_digest, request, status, "
+                "deadline, last_seq, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    new.run_id,
+                    new.thread_id,
+                    new.graph,
+                    new.graph_digest,
+                    request,
+                    RunStatus.PENDING,
+                    new.deadline,
+                    queued.seq,
+                    now,
+                    now,
+                ),
+            )
+            _insert(db, new.run_id, [queued])
+            return Run(
+                run_id=new.run_id,
+                thread_id=new.thread_id,
+                graph=new.graph,
+                graph_digest=new.graph_digest,
+                request=new.request,
+                status=RunStatus.PENDING,
+                epoch=0,
+                lease_owner=None,
+                lease_until=None,
+                crashes=0,
+                deadline=new.deadline,
+                cancel_reason=None,
+                applied=False,
+                last_seq=queued.seq,
+                terminal=None,
+                created_at=now,
+                updated_at=now,
+                started_at=None,
+                ended_at=None,
+            )
+
+        return await self._writer.call(insert, self._publish(new.run_id, [queued]))
+
+    async def get(self, run_id: str) -> Run:
+        rows = await self._fetch(f"{_SELECT} WHERE run_id = ?", (run_id,))
+        if not rows:
+            raise UnknownRun(run_id)
+        return _run(rows[0])
+
+    async def search(self, query: RunQuery) -> Sequence[Run]:
+        where: dict[str, object] = {
+            "status = ?": query.status,
+            "graph = ?": query.graph,
+            "thread_id = ?": query.thread_id,
+            "updated_at > ?": query.updated_after,
+        }
+        clauses = [clause for clause, value in where.items() if value is not None]
+        values: list[object] = [value for value in where.values() if value is not None]
+        if query.cursor is not None:
+            clauses.append("(created_at, run_id) < (?, ?)")
+            values += query.cursor
+        condition = f" WHERE {' AND '.join(clauses)}" if clauses else ""
+        rows = await self._fetch(
+            f"{_SELECT}{condition} ORDER BY created_at DESC, run_id DESC LIMIT ?",
+            (*values, query.limit),
+        )
+        return [_run(row) for row in rows]
+
+    async def claimable(self, limit: int) -> Sequence[Run]:
+        rows = await self._fetch(
+            f"{_SELECT} WHERE terminal IS NULL AND (lease_owner IS NULL OR lease_until <= ?) "
+            "ORDER BY created_at, run_id LIMIT ?",
+            (self._clock(), limit),
+        )
+        return [_run(row) for row in rows]
+
+    async def claim(
+        self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
+    ) -> Lease:
+        def take(db: sqlite3.Connection) -> Lease:
+            now = self._clock()
+            holder = db.execute(
+                "SELECT run_id FROM runs WHERE tenant = 'default' AND thread_id = ? "
+                "AND terminal IS NULL AND epoch > 0",
+                (run.thread_id,),
+            ).fetchone()
+            check_claim(run, _current(db, run.run_id), holder[0] if holder else None, now)
+            db.execute(
+                "UPDATE runs SET epoch = epoch + 1, lease_owner = ?, lease_until = ?, "
+                "crashes = crashes + ?, started_at = coalesce(started_at, ?) WHERE run_id = ?",
+                (owner, now + lease_s, int(crashed), now, run.run_id),
+            )
+            self._write(db, run.run_id, [event])
+            return Lease(
+                run_id=run.run_id, thread_id=run.thread_id, epoch=run.epoch + 1, owner=owner
+            )
+
+        return await self._writer.call(take, self._publish(run.run_id, [event]))
+
+    def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
+        def extend(db: sqlite3.Connection) -> dict[str, Renewal]:
+            until = self._clock() + lease_s
+            learnt = {}
+            for lease in leases:
+                held = db.execute(
+                    "UPDATE runs SET lease_until = ? WHERE run_id = ? AND epoch = ? "
+                    "AND lease_owner = ? RETURNING cancel_reason",
+                    (until, lease.run_id, lease.epoch, lease.owner),
+                ).fetchone()
+                learnt[lease.run_id] = Renewal(
+                    held=held is not None, cancel_reason=held[0] if held else None
+                )
+            return learnt
+
+        return self._writer.call_blocking(extend)
+
+    def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
+        def add(db: sqlite3.Connection) -> None:
+            self._fence(db, lease.run_id, lease.epoch, events[0].seq)
+            self._write(db, lease.run_id, events)
+
+        return self._writer.call(add, self._publish(lease.run_id, events))
+
+    async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
+        def add(db: sqlite3.Connection) -> Run:
+            check_claim(run, _current(db, run.run_id), None, self._clock())
+            self._write(db, run.run_id, events)
+            current = _current(db, run.run_id)
+            assert current is not None
+            return current
+
+        return await self._writer.call(add, self._publish(run.run_id, events))
+
+    async def request_cancel(self, run_id: str, reason: str) -> Run:
+        def wish(db: sqlite3.Connection) -> Run:
+            db.execute(
+                "UPDATE runs SET cancel_reason = ?, updated_at = ? "
+                "WHERE run_id = ? AND terminal IS NULL AND cancel_reason IS NULL",
+                (reason, self._clock(), run_id),
+            )
+            run = _current(db, run_id)
+            if run is None:
+                raise UnknownRun(run_id)
+            return run
+
+        return await self._writer.call(wish)
+
+    async def read(self, run_id: str, after: int, limit: int = 1000) -> Sequence[StoredLine]:
+        rows = await self._fetch(
+            "SELECT seq, type, body FROM run_events WHERE run_id = ? AND seq > ? "
+            "ORDER BY seq LIMIT ?",
+            (run_id, after, limit),
+        )
+        return [StoredLine(seq=seq, type=type, body=body) for seq, type, body in rows]
+
+    async def data(self, run_id: str, seq: int, member: str) -> bytes | None:
+        rows = await self._fetch(
+            "SELECT body FROM run_data WHERE run_id = ? AND seq = ? AND member = ?",
+            (run_id, seq, member),
+        )
+        return rows[0][0] if rows else None
+
+    def checkpointer(
+        self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
+    ) -> BaseCheckpointSaver[Any]:
+        fence = None
+        if lease is not None:
+            run_id, epoch = lease.run_id, lease.epoch
+
+            def fence(db: sqlite3.Connection, progress: bool) -> None:
+                self._fence(db, run_id, epoch)
+                db.execute(
+                    "UPDATE runs SET applied = 1, crashes = CASE WHEN ? THEN 0 ELSE crashes END "
+                    "WHERE run_id = ? AND (applied = 0 OR crashes > 0)",
+                    (progress, run_id),
+                )
+
+        return FencedSaver(
+            self._reader, self._writer, serde=self._serde, fence=fence, before_write=before_write
+        )
+
+    async def checkpointed(self, thread_id: str) -> Checkpointed:
+        marks = ", ".join("?" * len(_NOT_A_RESULT))
+        stored = await self._fetch(
+            f"SELECT DISTINCT task_id FROM writes WHERE thread_id = ? AND channel NOT IN ({marks})",
+            (thread_id, *_NOT_A_RESULT),
+        )
+        latest = await self._fetch(
+            "SELECT checkpoint_ns, metadata FROM checkpoints WHERE thread_id = ? "
+            "GROUP BY checkpoint_ns HAVING checkpoint_id = max(checkpoint_id)",
+            (thread_id,),
+        )
+        return Checkpointed(
+            {task for (task,) in stored},
+            {ns: int(json.loads(metadata)["step"]) for ns, metadata in latest},
+        )
+
+    async def writable(self) -> bool:
+        try:
+            await self._writer.call(
+                lambda db: (
+                    db.execute(
+                        "INSERT OR REPLACE INTO meta VALUES ('written_at', ?)",
+                        (str(self._clock()),),
+                    )
+                    and None
+                )
+            )
+        except StorageFailed:
+            return False
+        return True
+
+    async def statistics(self) -> Statistics:
+        rows = await self._fetch("SELECT status, count(*) FROM runs GROUP BY status", ())
+        count = {RunStatus(status): number for status, number in rows}
+        return Statistics(
+            pending=count.pop(RunStatus.PENDING, 0),
+            running=count.pop(RunStatus.RUNNING, 0),
+            ended=sum(count.values()),
+        )
+
+    async def _fetch(self, statement: str, values: Sequence[object]) -> list[Any]:
+        try:
+            return list(await self._reader.execute_fetchall(statement, values))
+        except sqlite3.Error as exc:
+            raise StorageFailed(str(exc)) from exc
+
+    @staticmethod
+    def _fence(
+        db: sqlite3.Connection, run_id: str, epoch: int, first_seq: int | None = None
+    ) -> None:
+        row = db.execute(
+            "SELECT epoch, terminal, last_seq FROM runs WHERE run_id = ?", (run_id,)
+        ).fetchone()
+        if row is None or row[0] != epoch or row[1] is not None:
+            raise LeaseLost(run_id, epoch)
+        if first_seq is not None and first_seq != row[2] + 1:
+            raise LeaseLost(run_id, epoch)
+
+    def _write(self, db: sqlite3.Connection, run_id: str, events: Sequence[Event]) -> None:
+        """Lines and what they make of the row, in one transaction."""
+        _insert(db, run_id, events)
+        now, last = self._clock(), events[-1].seq
+        turn = turning_point(events)
+        if turn is None:
+            db.execute(
+                "UPDATE runs SET last_seq = ?, updated_at = ? WHERE run_id = ?", (last, now, run_id)
+            )
+            return
+        let_go = turn.terminal or turn.type == "run.requeued"
+        db.execute(
+            "UPDATE runs SET last_seq = ?, updated_at = ?, status = ?, terminal = ?, ended_at = ?, "
+            "lease_owner = CASE WHEN ? THEN NULL ELSE lease_owner END, "
+            "lease_until = CASE WHEN ? THEN NULL ELSE lease_until END WHERE run_id = ?",
+            (
+                last,
+                now,
+                STATUS[turn.type],
+                turn.seq if turn.terminal else None,
+                now if turn.terminal else None,
+                let_go,
+                let_go,
+                run_id,
+            ),
+        )
+
+    def _publish(
+        self, run_id: str, events: Sequence[Event]
+    ) -> Callable[[BaseException | None], None]:
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                self.tails.publish(run_id, events)
+
+        return done
+
+
+class _FileLock:
+    """An exclusive lock of the operating system, let go when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+
+    async def acquire(self, *, wait: bool) -> None:
+        """Raises EngineLocked when another process has it and `wait` is off."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as exc:
+            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if not wait:
+                    holder = os.pread(file, 32, 0).decode("ascii", "replace").strip()
+                    os.close(file)
+                    raise EngineLocked(
+                        f"{self._path}: process {holder or '?'} owns this store; stop it, use "
+                        "another SERENO_ENGINE, or start with --wait-lock"
+                    ) from None
+                await asyncio.sleep(0.1)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _parse(url: str) -> tuple[Path, str]:
+    parts = urlsplit(url)
+    path = parts.path.removeprefix("/")
+    if parts.netloc or not path:
+        raise BadSetting(
+            f"SERENO_ENGINE: {url!r} has no path; use sqlite:///./relative.db or "
+            "sqlite:////absolute.db"
+        )
+    query = parse_qs(parts.query)
+    synchronous = query.pop("sync", ["normal"])[-1]
+    if synchronous not in ("normal", "full") or query:
+        raise BadSetting(f"SERENO_ENGINE: {url!r}: only ?sync=normal and ?sync=full are known")
+    return Path(path), synchronous
+
+
+def _insert(db: sqlite3.Connection, run_id: str, events: Sequence[Event]) -> None:
+    db.executemany(
+        "INSERT INTO run_events VALUES (?, ?, ?, ?, ?, ?)",
+        [(run_id, e.seq, e.epoch, e.type, e.ts, e.body) for e in events],
+    )
+    for event in events:
+        for member, value in event.data:
+            db.execute(
+                "INSERT INTO run_data VALUES (?, ?, ?, ?)", (run_id, event.seq, member, value)
+            )
+
+
+def _current(db: sqlite3.Connection, run_id: str) -> Run | None:
+    row = db.execute(f"{_SELECT} WHERE run_id = ?", (run_id,)).fetchone()
+    return _run(row) if row else None
+
+
+def _run(row: Sequence[Any]) -> Run:
+    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    values["request"] = json.loads(values["request"])
+    values["status"] = RunStatus(values["status"])
+    values["applied"] = bool(values["applied"])
+    return Run(**values)

@@ -1,0 +1,158 @@
+"""LangGraph's SQLite saver, with its writes going through the one writer and fenced by a lease."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiosqlite
+from langgraph.checkpoint.base import WRITES_IDX_MAP, CheckpointTuple, get_checkpoint_metadata
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+from runtime.engines.sqlite.writer import Writer
+
+__all__ = ["FencedSaver"]
+
+_PUT = """
+INSERT OR REPLACE INTO checkpoints
+    (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id, type, checkpoint, metadata)
+VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+_PUT_WRITES = """
+INSERT OR {how} INTO writes
+    (thread_id, checkpoint_ns, checkpoint_id, task_id, task_path, idx, channel, type, value)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+class FencedSaver(AsyncSqliteSaver):
+    """Reads are the library's; what it writes, it posts.
+
+    `fence(db, progress)` is called in the transaction of each write and raises LeaseLost;
+    `progress` says that this is a new checkpoint of the root graph.
+    """
+
+    def __init__(
+        self,
+        conn: aiosqlite.Connection,
+        writer: Writer,
+        *,
+        serde: Any = None,
+        fence: Callable[[sqlite3.Connection, bool], None] | None = None,
+        before_write: Callable[[bool], None] | None = None,
+    ) -> None:
+        super().__init__(conn, serde=serde)
+        self.is_setup = True  # the engine's schema has the tables
+        self._writer = writer
+        self._fence = fence
+        self._before_write = before_write
+        #: Writes posted and not yet known to be committed.
+        self._unwritten = 0
+        self._failure: BaseException | None = None
+
+    async def aput(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
+        place = config["configurable"]
+        kind, blob = self.serde.dumps_typed(checkpoint)
+        described = json.dumps(get_checkpoint_metadata(config, metadata), ensure_ascii=False)
+        row = (
+            str(place["thread_id"]),
+            place["checkpoint_ns"],
+            checkpoint["id"],
+            place.get("checkpoint_id"),
+            kind,
+            blob,
+            described.encode("utf-8", "ignore"),
+        )
+        fence, progress = self._fence, not place["checkpoint_ns"]
+
+        def put(db: sqlite3.Connection) -> None:
+            if fence is not None:
+                fence(db, progress)
+            db.execute(_PUT, row)
+
+        self._check(progress)
+        await self._writer.call(put)
+        return {
+            "configurable": {
+                "thread_id": place["thread_id"],
+                "checkpoint_ns": place["checkpoint_ns"],
+                "checkpoint_id": checkpoint["id"],
+            }
+        }
+
+    async def aput_writes(
+        self, config: Any, writes: Any, task_id: str, task_path: str = ""
+    ) -> None:
+        """Does not wait for its commit: the next `aput` commits after it."""
+        place = config["configurable"]
+        how = "REPLACE" if all(channel in WRITES_IDX_MAP for channel, _ in writes) else "IGNORE"
+        statement = _PUT_WRITES.format(how=how)
+        rows = [
+            (
+                str(place["thread_id"]),
+                str(place["checkpoint_ns"]),
+                str(place["checkpoint_id"]),
+                task_id,
+                task_path,
+                WRITES_IDX_MAP.get(channel, index),
+                channel,
+                *self.serde.dumps_typed(value),
+            )
+            for index, (channel, value) in enumerate(writes)
+        ]
+        fence = self._fence
+
+        def put(db: sqlite3.Connection) -> None:
+            if fence is not None:
+                fence(db, False)
+            db.executemany(statement, rows)
+
+        self._check(False)
+        self._unwritten += 1
+        self._writer.post(put, self._written)
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        def delete(db: sqlite3.Connection) -> None:
+            for table in ("checkpoints", "writes"):
+                db.execute(f"DELETE FROM {table} WHERE thread_id = ?", (str(thread_id),))
+
+        await self._writer.call(delete)
+
+    async def aget_tuple(self, config: Any) -> CheckpointTuple | None:
+        await self._settle()
+        return await super().aget_tuple(config)
+
+    async def alist(
+        self, config: Any, *, filter: Any = None, before: Any = None, limit: int | None = None
+    ) -> AsyncIterator[CheckpointTuple]:
+        await self._settle()
+        async for item in super().alist(config, filter=filter, before=before, limit=limit):
+            yield item
+
+    async def aget_delta_channel_history(self, *, config: Any, channels: Any) -> Any:
+        await self._settle()
+        return await super().aget_delta_channel_history(config=config, channels=channels)
+
+    def _check(self, progress: bool) -> None:
+        if self._before_write is not None:
+            self._before_write(progress)
+        if self._failure is not None:
+            raise self._failure
+
+    def _written(self, error: BaseException | None) -> None:
+        self._unwritten -= 1
+        if error is not None:
+            self._failure = error
+
+    async def _settle(self) -> None:
+        """A read sees what was posted before it."""
+        if self._unwritten:
+            await self._writer.call(_nothing)
+            await asyncio.sleep(0)
+
+
+def _nothing(db: sqlite3.Connection) -> None:
+    return None

@@ -1,0 +1,173 @@
+"""The envelope of a line, its closed set of types, and which types change a run's status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from runtime.model import Run, RunStatus
+from telemetry.encoding import JsonEncoder
+
+__all__ = [
+    "DATA_MAX",
+    "OUTPUT_TYPES",
+    "STATUS",
+    "STORED_TYPES",
+    "TERMINAL_TYPES",
+    "UNSTORED_TYPES",
+    "Event",
+    "Sealer",
+    "rfc3339",
+    "unstored",
+]
+
+#: Stored types by what they are about.
+RUN_TYPES = ("run.queued", "run.started", "run.recovered", "run.requeued")
+NODE_TYPES = ("node.started", "node.retrying")
+NODE_END_TYPES = ("node.completed", "node.failed", "node.interrupted", "node.cancelled")
+INNER_TYPES = ("call.retrying", "token", "message", "custom")
+TERMINAL_TYPES = (
+    "run.completed",
+    "run.failed",
+    "run.cancelled",
+    "run.timed_out",
+    "run.interrupted",
+)
+STORED_TYPES = (*RUN_TYPES, *NODE_TYPES, *NODE_END_TYPES, *INNER_TYPES, "values", *TERMINAL_TYPES)
+UNSTORED_TYPES = ("heartbeat", "caught_up", "error")
+#: What a client waits for: the first of these is a run's first output.
+OUTPUT_TYPES = ("token", "message", "custom", "node.completed")
+
+#: A run's status is read off its last line of one of these types.
+STATUS: Mapping[str, RunStatus] = {
+    "run.queued": RunStatus.PENDING,
+    "run.started": RunStatus.RUNNING,
+    "run.recovered": RunStatus.RUNNING,
+    "run.requeued": RunStatus.PENDING,
+    "run.completed": RunStatus.SUCCESS,
+    "run.failed": RunStatus.ERROR,
+    "run.cancelled": RunStatus.CANCELLED,
+    "run.timed_out": RunStatus.TIMEOUT,
+    "run.interrupted": RunStatus.INTERRUPTED,
+}
+
+#: A member above this many bytes is not stored at all.
+DATA_MAX = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """An immutable fact in a run's log, encoded once; every watcher gets the same bytes."""
+
+    seq: int
+    epoch: int
+    type: str
+    #: Unix seconds.
+    ts: float
+    body: bytes
+    #: Members too large for a line, encoded: (name, bytes).
+    data: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def terminal(self) -> bool:
+        """Whether this ends its run."""
+        return self.type in TERMINAL_TYPES
+
+    @property
+    def size(self) -> int:
+        """Bytes that this takes in the store."""
+        return len(self.body) + sum(len(value) for _, value in self.data)
+
+
+class Sealer:
+    """Makes events of one run: envelope, encoding, and the size limit of a line."""
+
+    def __init__(
+        self, run_id: str, thread_id: str, encoder: JsonEncoder, *, line_max: int = 1024 * 1024
+    ) -> None:
+        self.run_id = run_id
+        self.thread_id = thread_id
+        self._encoder = encoder
+        self._line_max = line_max
+
+    @classmethod
+    def of(cls, run: Run, encoder: JsonEncoder, *, line_max: int = 1024 * 1024) -> Sealer:
+        """A sealer for a run that is stored already."""
+        return cls(run.run_id, run.thread_id, encoder, line_max=line_max)
+
+    def seal(
+        self,
+        type: str,
+        *,
+        seq: int,
+        epoch: int,
+        ts: float,
+        data: Mapping[str, Any],
+        where: Mapping[str, Any] | None = None,
+    ) -> Event:
+        """Encode one line. `where` holds node, ns, path, task, attempt, step of a node's line."""
+        line: dict[str, Any] = {
+            "v": 1,
+            "seq": seq,
+            "ts": rfc3339(ts),
+            "type": type,
+            "run_id": self.run_id,
+            "thread_id": self.thread_id,
+            "epoch": epoch,
+        }
+        if where:
+            line.update(where)
+        line["data"] = data
+        body = self._encoder.encode(line)
+        if len(body) <= self._line_max:
+            return Event(seq=seq, epoch=epoch, type=type, ts=ts, body=body)
+        return self._shrunk(line, len(body))
+
+    def _shrunk(self, line: dict[str, Any], size: int) -> Event:
+        """The largest members move out of the line, largest first, until it fits."""
+        encoded = {name: self._encoder.encode(value) for name, value in line["data"].items()}
+        kept: list[tuple[str, bytes]] = []
+        data = dict(line["data"])
+        for name, value in sorted(encoded.items(), key=lambda item: -len(item[1])):
+            if size <= self._line_max:
+                break
+            if len(value) > DATA_MAX:
+                data[name] = {"$truncated": True, "bytes": len(value)}
+            else:
+                ref = f"/v1/runs/{self.run_id}/data/{line['seq']}/{name}"
+                data[name] = {"$ref": ref, "bytes": len(value)}
+                kept.append((name, value))
+            size -= len(value) - 120
+        body = self._encoder.encode({**line, "data": data})
+        return Event(
+            seq=line["seq"],
+            epoch=line["epoch"],
+            type=line["type"],
+            ts=datetime.fromisoformat(line["ts"]).timestamp(),
+            body=body,
+            data=tuple(kept),
+        )
+
+
+def unstored(
+    run: Run, type: str, *, after: int, ts: float, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A line that is made for one reader and kept nowhere; `after` is a valid cursor."""
+    return {
+        "v": 1,
+        "ts": rfc3339(ts),
+        "type": type,
+        "run_id": run.run_id,
+        "thread_id": run.thread_id,
+        "epoch": run.epoch,
+        "after": after,
+        "data": data,
+    }
+
+
+def rfc3339(ts: float) -> str:
+    """Unix seconds as RFC 3339 in UTC with milliseconds."""
+    stamp = datetime.fromtimestamp(ts, UTC)
+    return f"{stamp:%Y-%m-%dT%H:%M:%S}.{stamp.microsecond // 1000:03d}Z"

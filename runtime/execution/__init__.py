@@ -1,0 +1,1 @@
+"""From a claimed run to its last line."""

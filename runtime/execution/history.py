@@ -1,0 +1,205 @@
+"""What a run's log says so far, folded line by line: its statistics, and the state of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from runtime.engines.base import Checkpointed
+from runtime.events import NODE_END_TYPES, OUTPUT_TYPES
+from runtime.model import StoredLine
+
+__all__ = ["History", "TaskRecord", "superseded"]
+
+
+@dataclass(slots=True)
+class TaskRecord:
+    """One task as the log knows it, in its latest life."""
+
+    task: str
+    node: str
+    ns: Sequence[str]
+    path: Sequence[str]
+    step: int
+    #: seq of the first line of this life; of the current attempt.
+    first_seq: int
+    attempt_seq: int
+    attempt: int
+    open: bool = True
+
+    @property
+    def namespace(self) -> str:
+        """The checkpoint namespace of the graph that the task belongs to."""
+        return "|".join(f"{n}:{t}" for n, t in zip(self.ns, self.path, strict=True))
+
+
+class History:
+    """The fold. Live lines are added as they are made, stored ones as they are read."""
+
+    def __init__(self) -> None:
+        self.last_seq = 0
+        self.tasks: dict[str, TaskRecord] = {}
+        self.has_values = False
+        self._queued_at: float | None = None
+        self._started_at: float | None = None
+        self._first_output_at: float | None = None
+        self._last_at: float | None = None
+        self._max_gap = 0.0
+        self._nodes = 0
+        self._attempts = 0
+        self._retries = 0
+        self._backoff = 0.0
+        self._asleep: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+
+    @classmethod
+    def read(cls, lines: Iterable[StoredLine]) -> History:
+        """Fold stored lines."""
+        history = cls()
+        for stored in lines:
+            line = orjson.loads(stored.body)
+            ts = datetime.fromisoformat(line["ts"]).timestamp()
+            history.add(line["type"], line["seq"], ts, line.get("data") or {}, line)
+        return history
+
+    def add(
+        self,
+        type: str,
+        seq: int,
+        ts: float,
+        data: Mapping[str, Any],
+        where: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Fold one line; `where` has node, ns, path, task, attempt, step of a node's line."""
+        self.last_seq = seq
+        if self._last_at is not None:
+            self._max_gap = max(self._max_gap, ts - self._last_at)
+        self._last_at = ts
+        if self._first_output_at is None and type in OUTPUT_TYPES:
+            self._first_output_at = ts
+        if type == "node.started":
+            assert where is not None
+            self._started(seq, ts, where)
+        elif type == "node.retrying":
+            assert where is not None
+            self._retries += 1
+            self._asleep[where["task"]] = ts
+        elif type in NODE_END_TYPES:
+            assert where is not None
+            self._nodes += 1
+            self._ended(seq, ts, where)
+        elif type == "call.retrying":
+            self._retries += 1
+        elif type == "message":
+            for name, count in (data.get("usage") or {}).items():
+                if name in ("input_tokens", "output_tokens") and isinstance(count, int):
+                    kind = name.removesuffix("_tokens")
+                    self._tokens[kind] = self._tokens.get(kind, 0) + count
+        elif type == "values":
+            self.has_values = True
+        elif type == "run.queued":
+            self._queued_at = ts
+        elif type == "run.started":
+            self._started_at = ts
+        elif type == "run.recovered":
+            self._recovered(data)
+
+    def _started(self, seq: int, ts: float, where: Mapping[str, Any]) -> None:
+        self._attempts += 1
+        task = where["task"]
+        self._wake(task, ts)
+        record = self.tasks.get(task)
+        if record is not None and record.open:
+            record.attempt, record.attempt_seq = where["attempt"], seq
+            return
+        self.tasks[task] = TaskRecord(
+            task=task,
+            node=where["node"],
+            ns=where["ns"],
+            path=where["path"],
+            step=where["step"],
+            first_seq=seq,
+            attempt_seq=seq,
+            attempt=where["attempt"],
+        )
+
+    def _ended(self, seq: int, ts: float, where: Mapping[str, Any]) -> None:
+        task = where["task"]
+        self._wake(task, ts)
+        if (record := self.tasks.get(task)) is not None:
+            record.open = False
+        else:  # cached: never started
+            self.tasks[task] = TaskRecord(
+                task=task,
+                node=where["node"],
+                ns=where["ns"],
+                path=where["path"],
+                step=where["step"],
+                first_seq=seq,
+                attempt_seq=seq,
+                attempt=0,
+                open=False,
+            )
+
+    def _wake(self, task: str, ts: float) -> None:
+        if (asleep := self._asleep.pop(task, None)) is not None:
+            self._backoff += ts - asleep
+
+    def _recovered(self, data: Mapping[str, Any]) -> None:
+        self._asleep.clear()
+        for lost in data.get("lost") or ():
+            self.tasks.pop(lost["task"], None)
+
+    def statistics(self, now: float) -> dict[str, Any]:
+        """The numbers of a terminal line; what does not apply is absent."""
+        started = self._started_at
+        numbers: dict[str, Any] = {
+            "duration_ms": _ms(now - started) if started is not None else None,
+            "queue_ms": _ms(started - self._queued_at)
+            if started is not None and self._queued_at is not None
+            else None,
+            "backoff_ms": _ms(self._backoff + sum(now - ts for ts in self._asleep.values())),
+            "nodes": self._nodes,
+            "attempts": self._attempts,
+            "retries": self._retries,
+            "tokens": self._tokens or None,
+            "first_output_ms": _ms(self._first_output_at - self._queued_at)
+            if self._first_output_at is not None and self._queued_at is not None
+            else None,
+            "max_gap_ms": _ms(
+                max(self._max_gap, now - self._last_at if self._last_at is not None else 0.0)
+            ),
+        }
+        return {name: value for name, value in numbers.items() if value is not None}
+
+
+def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
+    """The tasks that will run again because no checkpoint holds them, oldest first.
+
+    A task is held when its result is stored, when its graph has a checkpoint of its superstep,
+    or when a call around it is held.
+    """
+
+    def is_held(record: TaskRecord) -> bool:
+        return (
+            record.task in held.stored
+            or held.steps.get(record.namespace, -2) >= record.step
+            or any(
+                caller in held.stored
+                or ((around := history.tasks.get(caller)) is not None and is_held(around))
+                for caller in record.path
+            )
+        )
+
+    return sorted(
+        (record for record in history.tasks.values() if not is_held(record)),
+        key=lambda record: record.first_seq,
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000, 1)

@@ -1,0 +1,545 @@
+"""Claims runs, gives each a runner, keeps their leases, and brings them to a stop.
+
+One worker per process. The heartbeat has a thread of its own, so a node that blocks the event loop
+does not cost its neighbours their leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Self
+
+import structlog
+
+from runtime.engines.base import Engine
+from runtime.errors import (
+    Draining,
+    LeaseLost,
+    QueueFull,
+    StorageFailed,
+    ThreadBusy,
+    ThreadHeld,
+    UnknownGraph,
+)
+from runtime.events import Event, Sealer
+from runtime.execution.feed import Feed, Limits
+from runtime.execution.history import History, superseded
+from runtime.execution.runner import Outcome, Runner, Stop
+from runtime.graphs import Graphs, LoadedGraph
+from runtime.model import Lease, NewRun, Run, RunStatus
+from runtime.settings import Settings
+from telemetry.encoding import JsonEncoder
+from telemetry.langgraph import current_attempt
+
+__all__ = ["NodeExecutor", "Worker"]
+
+#: (run id, thread id) of the run that the current code belongs to.
+current_run: ContextVar[tuple[str, str] | None] = ContextVar("sereno_run", default=None)
+
+#: A run that crashed this often runs alone; a crash while alone fails it.
+SUSPECT = 2
+#: Seconds between looks for runs that nobody has announced.
+SWEEP_S = 1.0
+
+
+class Worker:
+    """Executes the runs of one engine in this process. An async context manager."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        graphs: Graphs,
+        settings: Settings,
+        *,
+        encoder: JsonEncoder | None = None,
+        clock: Callable[[], float] = time.time,
+        ended: Callable[[Run, Outcome], None] = lambda run, outcome: None,
+    ) -> None:
+        self.owner = uuid.uuid4().hex
+        self.encoder = encoder or JsonEncoder()
+        self.draining = False
+        #: Lines of ended runs that were refused, for telemetry.
+        self.fenced_events = 0
+        self._engine = engine
+        self._graphs = graphs
+        self._settings = settings
+        self._clock = clock
+        self._ended = ended
+        self._log = structlog.get_logger("runtime")
+        self._runners: dict[str, Runner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._announced: dict[str, Run] = {}
+        self._claiming: set[str] = set()
+        self._swallowers: dict[str, tuple[str, str]] = {}
+        self._cancelled_early: dict[str, str] = {}
+        self._solo: str | None = None
+        self._swept_at = 0.0
+        self._wake = asyncio.Event()
+        self._stopped = threading.Event()
+        self._executor = NodeExecutor(settings.executor_threads)
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        loop.set_default_executor(self._executor)
+        self._claimer = asyncio.create_task(self._claim_forever(), name="sereno-claimer")
+        self._heart = threading.Thread(target=self._beat, name="sereno-heartbeat", daemon=True)
+        self._heart.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.drain()
+        self._claimer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._claimer
+        self._stopped.set()
+        await _in_thread(self._heart.join)
+
+    # What the API asks for.
+
+    async def submit(self, new: NewRun, queued_data: Mapping[str, Any]) -> Run:
+        """Commit a new run and wake the claimer.
+
+        Raises Draining, QueueFull, ThreadHeld, ThreadBusy, StorageFailed.
+        """
+        if self.draining:
+            raise Draining()
+        if len(self._announced) >= self._settings.queue_max:
+            raise QueueFull(self._settings.queue_max)
+        if (held := self.held(new.thread_id)) is not None:
+            raise ThreadHeld(new.thread_id, *held)
+        sealer = Sealer(new.run_id, new.thread_id, self.encoder, line_max=self._settings.line_max)
+        queued = sealer.seal("run.queued", seq=1, epoch=0, ts=self._clock(), data=queued_data)
+        run = await self._engine.submit(new, queued)
+        self._log.info(
+            "Run queued",
+            event_type="run.queued",
+            run_id=run.run_id,
+            thread_id=run.thread_id,
+            graph=run.graph,
+        )
+        self._announced[run.run_id] = run
+        self._wake.set()
+        return run
+
+    async def cancel(self, run_id: str, reason: str) -> Run:
+        """Ask a run to end. Ends a run that nobody executes at once. Raises UnknownRun."""
+        run = await self._engine.request_cancel(run_id, reason)
+        if run.terminal is not None:
+            return run
+        if (runner := self._runners.get(run_id)) is not None:
+            runner.stop(Stop("cancel", run.cancel_reason or reason))
+        elif run_id in self._claiming:
+            self._cancelled_early[run_id] = run.cancel_reason or reason
+        else:
+            return await self._end_unclaimed(
+                run,
+                Outcome("run.cancelled", {"status": "cancelled", "reason": run.cancel_reason}),
+            )
+        return run
+
+    async def drain(self) -> None:
+        """Claim nothing more; give what runs until the end of its superstep, then let it go."""
+        if not self.draining:
+            self.draining = True
+            self._log.info("Draining", runs=len(self._runners))
+            for runner in self._runners.values():
+                runner.stop(Stop("drain"))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @property
+    def active(self) -> Mapping[str, Runner]:
+        """What executes now, by run id."""
+        return self._runners
+
+    @property
+    def abandoned(self) -> int:
+        """Sync nodes of ended runs that are still running in their threads."""
+        return self._executor.abandoned + len(self._swallowers)
+
+    @property
+    def waiting(self) -> int:
+        """Runs that were announced here and wait for a slot."""
+        return len(self._announced)
+
+    # Claiming.
+
+    async def _claim_forever(self) -> None:
+        while not self.draining:
+            self._wake.clear()
+            try:
+                await self._claim_all()
+            except StorageFailed as exc:
+                self._log.warning("Store cannot be read", error=str(exc))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), SWEEP_S)
+
+    async def _claim_all(self) -> None:
+        for run in [*self._announced.values(), *await self._sweep()]:
+            if self.draining:
+                return
+            if run.run_id in self._runners or run.run_id in self._claiming:
+                continue
+            expired = run.deadline is not None and run.deadline <= self._clock()
+            suspect = run.crashes + _crashed(run) >= SUSPECT
+            # A suspect runs alone, once the others are done.
+            if not expired and (self._busy() or (suspect and self._runners)):
+                continue
+            self._announced.pop(run.run_id, None)
+            self._claiming.add(run.run_id)
+            if suspect:
+                self._solo = run.run_id
+            task = asyncio.create_task(self._take(run))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _sweep(self) -> Sequence[Run]:
+        """Runs that nobody announced here: from before a restart, or with an expired lease."""
+        now = time.monotonic()
+        if now - self._swept_at < SWEEP_S:
+            return ()
+        self._swept_at = now
+        found = await self._engine.claimable(2 * self._settings.slots)
+        return [run for run in found if run.run_id not in self._announced]
+
+    def _busy(self) -> bool:
+        if self._solo is not None:
+            runner = self._runners.get(self._solo)
+            if runner is None or not runner.feed.progressed:
+                return True
+        return len(self._runners) + len(self._claiming) >= self._settings.slots
+
+    async def _take(self, run: Run) -> None:
+        """Claim one run and execute it; whatever happens, its slot comes free."""
+        try:
+            await self._execute(run)
+        except (LeaseLost, ThreadBusy) as exc:
+            self._log.info("Run not claimed", run_id=run.run_id, why=str(exc))
+        except StorageFailed as exc:
+            self._log.error("Run let go: the store failed", run_id=run.run_id, error=str(exc))
+        except Exception:
+            self._log.exception("Run let go", run_id=run.run_id)
+        finally:
+            self._claiming.discard(run.run_id)
+            self._cancelled_early.pop(run.run_id, None)
+            self._runners.pop(run.run_id, None)
+            if self._solo == run.run_id:
+                self._solo = None
+            self._wake.set()
+
+    async def _execute(self, run: Run) -> None:
+        if run.cancel_reason is not None:
+            data = {"status": "cancelled", "reason": run.cancel_reason}
+            await self._end_unclaimed(run, Outcome("run.cancelled", data))
+            return
+        remaining = run.deadline - self._clock() if run.deadline is not None else None
+        if remaining is not None and remaining <= 0:
+            await self._end_unclaimed(run, _DEADLINE)
+            return
+        if run.crashes >= SUSPECT and _crashed(run):
+            await self._end_unclaimed(run, _MAX_ATTEMPTS)
+            return
+        graph = await self._graph(run)
+        if graph is None:
+            return
+        claim = await self._prepare(run, graph)
+        lease = await self._engine.claim(
+            run,
+            claim.event,
+            owner=self.owner,
+            lease_s=self._settings.lease_s,
+            crashed=_crashed(run),
+        )
+        self._log.info(
+            "Run started" if run.epoch == 0 else "Run recovered",
+            event_type=claim.event.type,
+            run_id=run.run_id,
+            thread_id=run.thread_id,
+            graph=run.graph,
+            epoch=lease.epoch,
+        )
+        runner = self._runner(run, lease, graph, claim, remaining)
+        self._runners[run.run_id] = runner
+        self._claiming.discard(run.run_id)
+        if (reason := self._cancelled_early.pop(run.run_id, None)) is not None:
+            runner.stop(Stop("cancel", reason))
+        if self.draining:
+            runner.stop(Stop("drain"))
+        token = current_run.set((run.run_id, run.thread_id))
+        try:
+            outcome = await runner.execute()
+        finally:
+            current_run.reset(token)
+            self._executor.abandon(run.run_id)
+            self._abandon(run, runner)
+        if outcome is not None:
+            self._tell(run, outcome)
+
+    def _abandon(self, run: Run, runner: Runner) -> None:
+        """A coroutine that swallows its cancellation holds its thread until it returns."""
+        self.fenced_events += runner.feed.dropped
+        drive = runner.drive
+        if drive is None or drive.done():
+            return
+        self._swallowers[run.run_id] = (run.thread_id, runner.feed.open_node or "?")
+        drive.add_done_callback(lambda _: self._swallowers.pop(run.run_id, None))
+
+    def held(self, thread_id: str) -> tuple[str, str] | None:
+        """(run id, node) of an ended run that still executes on the thread."""
+        for run_id, (thread, node) in self._swallowers.items():
+            if thread == thread_id:
+                return run_id, node
+        return self._executor.holder(thread_id)
+
+    async def _graph(self, run: Run) -> LoadedGraph | None:
+        """The run's graph; a run whose graph is not served waits for it, and then fails."""
+        try:
+            return self._graphs.get(run.graph)
+        except UnknownGraph as exc:
+            if self._clock() - run.updated_at > self._settings.graph_wait_s:
+                error = {
+                    "code": "graph_unavailable",
+                    "error_class": "other",
+                    "error_type": "UnknownGraph",
+                    "detail": str(exc),
+                }
+                await self._end_unclaimed(
+                    run, Outcome("run.failed", {"status": "error", "error": error})
+                )
+            return None
+
+    async def _prepare(self, run: Run, graph: LoadedGraph) -> _Claim:
+        """The first line of the next epoch, from what log and checkpoints say."""
+        sealer = Sealer.of(run, self.encoder, line_max=self._settings.line_max)
+        now = self._clock()
+        if run.epoch == 0:
+            history = History()
+            history.add("run.queued", 1, run.created_at, {})
+            data: dict[str, Any] = {}
+            type = "run.started"
+            changed = run.request.get("resumes_digest") not in (None, graph.digest)
+        else:
+            history = History.read(await self._log_of(run))
+            type = "run.recovered"
+            data = await self._recovery(run, history)
+            changed = run.graph_digest != graph.digest
+        if changed:
+            data["graph_changed"] = True
+        seq = run.last_seq + 1
+        event = sealer.seal(type, seq=seq, epoch=run.epoch + 1, ts=now, data=data)
+        history.add(type, seq, now, data)
+        return _Claim(event=event, sealer=sealer, history=history)
+
+    async def _recovery(self, run: Run, history: History) -> dict[str, Any]:
+        held = await self._engine.checkpointed(run.thread_id)
+        saver = self._engine.checkpointer(None)
+        latest = await saver.aget_tuple({"configurable": {"thread_id": run.thread_id}})
+        own = latest is not None and latest.metadata.get("sereno_run") == run.run_id
+        lost = superseded(history, held)
+        return {
+            "reason": "crash" if _crashed(run) else "drain",
+            "from_checkpoint": latest.config["configurable"]["checkpoint_id"]
+            if own and latest is not None
+            else None,
+            "lost": [
+                {"task": record.task, "node": record.node, "attempt": record.attempt}
+                for record in lost
+            ],
+            "discard_from": min(
+                (record.first_seq for record in lost), default=history.last_seq + 1
+            ),
+        }
+
+    async def _log_of(self, run: Run) -> list[Any]:
+        lines: list[Any] = []
+        while batch := await self._engine.read(run.run_id, len(lines)):
+            lines.extend(batch)
+        return lines
+
+    def _runner(
+        self,
+        run: Run,
+        lease: Lease,
+        graph: LoadedGraph,
+        claim: _Claim,
+        remaining: float | None,
+    ) -> Runner:
+        feed = Feed(
+            engine=self._engine,
+            lease=lease,
+            sealer=claim.sealer,
+            encoder=self.encoder,
+            history=claim.history,
+            modes=frozenset(run.modes),
+            limits=Limits(
+                events=self._settings.run_max_events,
+                log_bytes=self._settings.run_max_log_bytes,
+                unwritten=self._settings.run_max_unwritten,
+            ),
+            token_s=self._settings.token_ms / 1000,
+            failed=lambda error: runner.stop(Stop.after(error)),
+            expose_errors=self._settings.expose_errors,
+            clock=self._clock,
+        )
+        runner = Runner(
+            engine=self._engine,
+            settings=self._settings,
+            graph=graph,
+            run=run,
+            lease=lease,
+            history=claim.history,
+            feed=feed,
+            deadline_in=remaining,
+        )
+        return runner
+
+    async def _end_unclaimed(self, run: Run, outcome: Outcome) -> Run:
+        """A terminal line for a run that nobody executes."""
+        self._announced.pop(run.run_id, None)
+        history = History.read(await self._log_of(run))
+        now = self._clock()
+        data = {"final": True, **outcome.data, **history.statistics(now)}
+        sealer = Sealer.of(run, self.encoder, line_max=self._settings.line_max)
+        event = sealer.seal(outcome.type, seq=run.last_seq + 1, epoch=run.epoch, ts=now, data=data)
+        try:
+            ended = await self._engine.append_unclaimed(run, [event])
+        except LeaseLost:
+            return await self._engine.get(run.run_id)
+        self._tell(ended, Outcome(outcome.type, data))
+        return ended
+
+    def _tell(self, run: Run, outcome: Outcome) -> None:
+        data = outcome.data
+        log = self._log.info if data.get("status") != "error" else self._log.warning
+        log(
+            "Run ended" if outcome.type != "run.requeued" else "Run requeued",
+            event_type=outcome.type,
+            run_id=run.run_id,
+            thread_id=run.thread_id,
+            graph=run.graph,
+            status=data.get("status", "pending"),
+            duration_ms=data.get("duration_ms"),
+        )
+        self._ended(run, outcome)
+
+    # Leases.
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self._settings.lease_heartbeat_s):
+            runners = list(self._runners.values())
+            if not runners:
+                continue
+            try:
+                learnt = self._engine.renew(
+                    [runner.lease for runner in runners], self._settings.lease_s
+                )
+            except Exception as exc:
+                self._log.warning("Lease renewal failed", error=str(exc))
+                continue
+            for runner in runners:
+                renewal = learnt[runner.lease.run_id]
+                if not renewal.held:
+                    stop = Stop("lost")
+                elif renewal.cancel_reason is not None:
+                    stop = Stop("cancel", renewal.cancel_reason)
+                else:
+                    continue
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(runner.stop, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    event: Event
+    sealer: Sealer
+    history: History
+
+
+class NodeExecutor(ThreadPoolExecutor):
+    """The threads of sync nodes; knows whose function runs in which, since none can be stopped."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(max_workers=threads, thread_name_prefix="sereno-node")
+        self._running: dict[Future[Any], tuple[str, str, str]] = {}
+        self._ended: set[str] = set()
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        owner, attempt = current_run.get(), current_attempt.get()
+        if owner is not None and attempt is not None:
+            self._running[future] = (*owner, attempt.visit.node)
+            future.add_done_callback(self._forget)
+        return future
+
+    def _forget(self, future: Future[Any]) -> None:
+        run_id = self._running.pop(future, ("", "", ""))[0]
+        if all(owner[0] != run_id for owner in list(self._running.values())):
+            self._ended.discard(run_id)
+
+    def abandon(self, run_id: str) -> None:
+        """The run has ended; what it left behind holds its thread until it returns."""
+        if any(owner[0] == run_id for owner in list(self._running.values())):
+            self._ended.add(run_id)
+
+    def holder(self, thread_id: str) -> tuple[str, str] | None:
+        """(run id, node) of an ended run whose function still runs on the thread."""
+        for run_id, thread, node in list(self._running.values()):
+            if thread == thread_id and run_id in self._ended:
+                return run_id, node
+        return None
+
+    @property
+    def abandoned(self) -> int:
+        """Functions of ended runs that still run."""
+        return sum(owner[0] in self._ended for owner in list(self._running.values()))
+
+
+_DEADLINE = Outcome(
+    "run.timed_out",
+    {
+        "status": "timeout",
+        "error": {
+            "code": "deadline",
+            "error_class": "timeout",
+            "error_type": "DeadlineExceeded",
+        },
+    },
+)
+_MAX_ATTEMPTS = Outcome(
+    "run.failed",
+    {
+        "status": "error",
+        "error": {
+            "code": "max_attempts",
+            "error_class": "max_attempts",
+            "error_type": "MaxAttemptsExceeded",
+        },
+    },
+)
+
+
+def _crashed(run: Run) -> bool:
+    """Whether the last holder went without letting go."""
+    return run.lease_owner is not None and run.status is RunStatus.RUNNING
+
+
+async def _in_thread(function: Callable[[], Any]) -> None:
+    """In a thread of its own: the default executor is for nodes."""
+    done = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        function()
+        loop.call_soon_threadsafe(done.set_result, None)
+
+    threading.Thread(target=run, daemon=True).start()
+    await done

@@ -1,0 +1,657 @@
+"""Which graphs are served, where each comes from, and how to get one to run.
+
+A graph comes from a `langgraph.json`, as LangGraph's own CLI reads it, or from a `module:attr`.
+Every such project imports its own modules in its own world (`_Project`, at the end of this file):
+it may hold a package called `runtime`, as we do, or `agent`, as the project beside it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import copy
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import dataclass, field
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self, TypeAlias, cast
+
+import structlog
+from dotenv import dotenv_values
+from langchain_core.runnables import RunnableConfig
+from langgraph.constants import TAG_HIDDEN
+from langgraph.graph import StateGraph
+from langgraph.pregel import Pregel
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from runtime.errors import GraphLoadFailed, UnknownGraph
+
+__all__ = ["Graphs", "LoadedGraph"]
+
+log = structlog.get_logger("graphs")
+
+Graph: TypeAlias = Pregel[Any, Any, Any, Any]
+Factory: TypeAlias = Callable[[RunnableConfig], Any]
+
+
+class Graphs:
+    """The graphs of all sources, loaded and held open for as long as it is entered.
+
+    A source is the path of a `langgraph.json` (or of its folder), or `[name=]module:attr` or
+    `[name=]./file.py:attr`, relative to the working directory. A graph that cannot be loaded
+    raises `GraphLoadFailed`; with `lenient` it is only named in `failures`.
+    """
+
+    def __init__(self, sources: Sequence[str | Path], lenient: bool = False) -> None:
+        self._sources = sources
+        self._lenient = lenient
+        self._loaded: dict[str, LoadedGraph] = {}
+        self._held = AsyncExitStack()
+        #: Graph name → why it is not served. Filled only when lenient.
+        self.failures: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        entries = _read_sources(self._sources)
+        async with AsyncExitStack() as held:
+            importlib.invalidate_caches()
+            for environment in dict.fromkeys(entry.environment for entry in entries):
+                held.enter_context(environment.applied())
+            for project in dict.fromkeys(entry.project for entry in entries):
+                held.enter_context(project.importable())
+            for entry in entries:
+                try:
+                    self._loaded[entry.name] = await _load(entry, held)
+                except GraphLoadFailed as exc:
+                    if not self._lenient:
+                        raise
+                    log.error("graph not served", graph=entry.name, exc_info=exc)
+                    self.failures[entry.name] = str(exc)
+            self._held = held.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._held.__aexit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[LoadedGraph]:
+        return iter(self._loaded.values())
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def names(self) -> tuple[str, ...]:
+        """The names that can be asked for, in the order of the files."""
+        return tuple(self._loaded)
+
+    def loaded(self) -> tuple[LoadedGraph, ...]:
+        """The graphs that are served, in the order of the files."""
+        return tuple(self._loaded.values())
+
+    def get(self, name: str) -> LoadedGraph:
+        """The graph of this name, or `UnknownGraph`."""
+        try:
+            return self._loaded[name]
+        except KeyError:
+            raise UnknownGraph(name, self.names()) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedGraph:
+    """A graph that has been built at least once, and so can be described and run."""
+
+    name: str
+    #: For people: the attribute, and the file that names it.
+    source: str
+    description: str | None
+    #: What a run without an input starts from: `sereno.default_input` of its langgraph.json.
+    default_input: dict[str, Any] | None
+    #: Changes when nodes, edges or channels do, subgraphs included.
+    digest: str
+    #: Without LangGraph's hidden ones.
+    nodes: tuple[str, ...]
+    interrupt_before: tuple[str, ...]
+    interrupt_after: tuple[str, ...]
+    #: The graph as it was built at start, to look at. To run one, `open` it.
+    graph: Graph = field(repr=False)
+    #: Set when each run gets a graph of its own.
+    factory: Factory | None = field(repr=False)
+
+    @asynccontextmanager
+    async def open(self, config: RunnableConfig) -> AsyncIterator[Graph]:
+        """The graph to run with this config: the one built at start, or one made for this run.
+
+        It has no checkpointer of its own: hand ours over in `config`.
+        """
+        if self.factory is None:
+            yield self.graph
+            return
+        async with AsyncExitStack() as held:
+            with _blaming(self.name, self.source):
+                made = _without_checkpointer(await _enter(self.factory(config), held))
+            yield made
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schemas of its input, output and context (None: it takes none).
+
+        A type that has no JSON Schema is `{}`, which says "anything".
+        """
+        builder = getattr(self.graph, "builder", None)
+        context = self.graph.context_schema
+        return {
+            "input": _json_schema(
+                self.graph.get_input_jsonschema, getattr(builder, "input_schema", None)
+            ),
+            "output": _json_schema(
+                self.graph.get_output_jsonschema, getattr(builder, "output_schema", None)
+            ),
+            "context": context and _json_schema(self.graph.get_context_jsonschema, context),
+        }
+
+
+def _json_schema(ask: Callable[[], dict[str, Any] | None], kind: Any) -> dict[str, Any]:
+    try:
+        return ask() or {}
+    except Exception:
+        pass
+    # Before Python 3.12 pydantic refuses typing.TypedDict, in which most states are written.
+    try:
+        required: frozenset[str] = kind.__required_keys__
+        fields = {
+            key: hint if key in required else typing.NotRequired[hint]
+            for key, hint in typing.get_type_hints(kind).items()
+        }
+        accepted: Any = TypedDict
+        return TypeAdapter(accepted(kind.__name__, fields)).json_schema()
+    except Exception:
+        return {}
+
+
+# Sources: what is asked for, before anything of it is imported.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    name: str
+    #: `./path.py:attr` or `package.module:attr`, as written.
+    target: str
+    #: The file or the argument that it is written in.
+    given_by: str
+    description: str | None = None
+    default_input: dict[str, Any] | None = None
+    project: _Project
+    environment: _Environment
+
+    @property
+    def source(self) -> str:
+        return self.target if self.target == self.given_by else f"{self.target} in {self.given_by}"
+
+
+def _read_sources(sources: Sequence[str | Path]) -> list[_Entry]:
+    entries: dict[str, _Entry] = {}
+    projects: _Projects = {}
+    for source in sources:
+        inline = re.fullmatch(r"(?:([^=/]+)=)?([^=]+:(\w+))", str(source))
+        if inline and isinstance(source, str):
+            found = _read_inline(inline[1] or inline[3], inline[2], projects)
+        else:
+            found = _read_config(Path(source), projects)
+        for entry in found:
+            if (first := entries.setdefault(entry.name, entry)) is not entry:
+                raise GraphLoadFailed(
+                    f"graph {entry.name!r} is given twice: "
+                    f"by {first.given_by} and by {entry.given_by}"
+                )
+    return list(entries.values())
+
+
+#: By folder and import paths: two files of one folder share their modules.
+_Projects: TypeAlias = dict[tuple[Path, tuple[str, ...]], "_Project"]
+
+
+def _read_inline(name: str, target: str, projects: _Projects) -> list[_Entry]:
+    here = Path.cwd()
+    file = _file_of(target, here)
+    paths = _import_paths([file.parent, here] if file else [here])
+    project = projects.setdefault((here, paths), _Project(name, here, paths))
+    environment = _Environment()
+    return [
+        _Entry(name=name, target=target, given_by=target, project=project, environment=environment)
+    ]
+
+
+def _read_config(source: Path, projects: _Projects) -> list[_Entry]:
+    path = source.expanduser().resolve()
+    path = path / "langgraph.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        graphs = {name: _target(entry) for name, entry in config["graphs"].items()}
+        defaults = dict(config.get("sereno", {}).get("default_input", {}))
+    except KeyError:
+        raise GraphLoadFailed(f"{path} has no 'graphs'") from None
+    except (OSError, ValueError, TypeError, AttributeError) as exc:
+        raise GraphLoadFailed(f"{path} is not a langgraph.json: {_cause(exc)}") from exc
+    if not graphs:
+        raise GraphLoadFailed(f"{path} has no 'graphs'")
+    if unknown := set(defaults) - set(graphs):
+        raise GraphLoadFailed(f"{path}: 'default_input' of unknown graphs: {sorted(unknown)}")
+    # What is no folder is a pip requirement, which must be installed already.
+    dependencies = [path.parent / str(entry) for entry in config.get("dependencies") or ()]
+    paths = _import_paths([path.parent, *dependencies])
+    # The key goes into module names, and these into checkpoints: it must not depend on where the
+    # project lies, nor on what is added to it later.
+    fresh = _Project(next(iter(graphs)), path.parent, paths)
+    project = projects.setdefault((path.parent, paths), fresh)
+    environment = _read_environment(config.get("env"), path)
+    return [
+        _Entry(
+            name=name,
+            target=target,
+            given_by=str(path),
+            description=description,
+            default_input=defaults.get(name),
+            project=project,
+            environment=environment,
+        )
+        for name, (target, description) in graphs.items()
+    ]
+
+
+def _target(entry: Any) -> tuple[str, str | None]:
+    target, description = (
+        (entry["path"], entry.get("description")) if isinstance(entry, dict) else (entry, None)
+    )
+    if not isinstance(target, str) or not re.fullmatch(r".+:\w+", target):
+        raise ValueError(f"{target!r} is not './path.py:variable' or 'module:variable'")
+    return target, description
+
+
+def _file_of(target: str, folder: Path) -> Path | None:
+    """The file that a target names, or None if it names a module."""
+    place = target.rpartition(":")[0]
+    is_file = "/" in place or place.endswith(".py")
+    return (folder / place).resolve() if is_file else None
+
+
+def _import_paths(folders: Sequence[Path]) -> tuple[str, ...]:
+    """The folders, each followed by its `src`, unless `src` is a package itself."""
+    paths: list[Path] = []
+    for folder in folders:
+        src = folder / "src"
+        paths += [folder] if (src / "__init__.py").exists() else [folder, src]
+    return tuple(dict.fromkeys(str(path.resolve()) for path in paths if path.is_dir()))
+
+
+def _read_environment(env: Any, config: Path) -> _Environment:
+    if not isinstance(env, str):
+        values = env if isinstance(env, Mapping) else {}
+    elif (file := config.parent / env).is_file():
+        values = dotenv_values(file, encoding="utf-8")
+    else:
+        # `langgraph dev` starts without it too: templates name an .env that a clone has not got.
+        log.warning("env file missing", file=str(file))
+        values = {}
+    return _Environment(tuple((k, str(v)) for k, v in values.items() if v is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Environment:
+    values: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Sets what is not set yet, and takes it back at the end."""
+        added = {key: value for key, value in self.values if key not in os.environ}
+        os.environ.update(added)
+        try:
+            yield
+        finally:
+            for key in added:
+                os.environ.pop(key, None)
+
+
+# Loading: from an entry to a graph.
+
+
+async def _load(entry: _Entry, held: AsyncExitStack) -> LoadedGraph:
+    """Builds one graph; what it has opened is closed by `held`, or at once if it fails."""
+    async with AsyncExitStack() as opened:
+        with _blaming(entry.name, entry.source):
+            # In a thread: a module may call asyncio.run() while it is imported.
+            found = await asyncio.to_thread(_attribute, entry)
+            factory = _factory(found)
+            if factory is None:
+                made = found() if _is_callable(found) else found
+                graph = await _enter(made, opened)
+            else:
+                async with AsyncExitStack() as trial:
+                    graph = await _enter(factory({"configurable": {}}), trial)
+            loaded = _describe(entry, graph, factory)
+        held.push_async_exit(opened.pop_all())
+    return loaded
+
+
+@contextmanager
+def _blaming(name: str, source: str) -> Iterator[None]:
+    try:
+        yield
+    except GraphLoadFailed:
+        raise
+    except (Exception, SystemExit) as exc:
+        raise GraphLoadFailed(f"graph {name!r} ({source}) did not load: {_cause(exc)}") from exc
+
+
+def _cause(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _attribute(entry: _Entry) -> Any:
+    place, _, attribute = entry.target.rpartition(":")
+    file = _file_of(entry.target, entry.project.folder)
+    # Here and not only in the caller: a thread cannot hand over every exception as it is.
+    with _blaming(entry.name, entry.source):
+        module = entry.project.load_file(file) if file else entry.project.load_module(place)
+        if not hasattr(module, attribute):
+            raise AttributeError(f"{place} has no attribute {attribute!r}")
+        return getattr(module, attribute)
+
+
+def _factory(found: Any) -> Factory | None:
+    """`found` itself if it makes a graph from a run's config; LangGraph's rule: by its arity."""
+    if not _is_callable(found):
+        return None
+    takes = [
+        parameter
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    required = [parameter for parameter in takes if parameter.default is parameter.empty]
+    if len(required) > 1:
+        raise TypeError(
+            f"the factory takes {len(required)} arguments; it may take none, or the run's config"
+        )
+    return cast(Factory, found) if required or len(takes) == 1 else None
+
+
+def _is_callable(found: Any) -> bool:
+    return callable(found) and not isinstance(found, Pregel | StateGraph)
+
+
+async def _enter(made: Any, held: AsyncExitStack) -> Graph:
+    """The graph in what a factory gave: a graph, or something to await, enter or compile."""
+    if inspect.isawaitable(made):
+        made = await made
+    if isinstance(made, AbstractAsyncContextManager):
+        made = await held.enter_async_context(made)
+    elif isinstance(made, AbstractContextManager):
+        made = held.enter_context(made)
+    if isinstance(made, StateGraph):
+        made = made.compile()
+    if not isinstance(made, Pregel):
+        raise TypeError(f"a {type(made).__name__} is not a graph")
+    return made
+
+
+def _describe(entry: _Entry, graph: Graph, factory: Factory | None) -> LoadedGraph:
+    if graph.checkpointer is not None:
+        log.info("own checkpointer replaced", graph=entry.name)
+    return LoadedGraph(
+        name=entry.name,
+        source=entry.source,
+        description=entry.description,
+        default_input=entry.default_input,
+        digest=_digest(json.dumps(_shape(graph), sort_keys=True)),
+        nodes=_visible(graph),
+        interrupt_before=_stops(graph, graph.interrupt_before_nodes),
+        interrupt_after=_stops(graph, graph.interrupt_after_nodes),
+        graph=_without_checkpointer(graph),
+        factory=factory,
+    )
+
+
+def _without_checkpointer(graph: Graph) -> Graph:
+    """The graph, or a copy of it that leaves the choice of the checkpointer to the config.
+
+    In Pregel, a saver in the config wins over the graph's own; but over `False` ("none at all")
+    it does not, and a graph's own is what a call without our config would silently write to.
+    `copy.copy`, because `Pregel.copy` forgets which types of the state may be read back.
+    """
+    if graph.checkpointer is None:
+        return graph
+    ours = copy.copy(graph)
+    ours.checkpointer = None
+    return ours
+
+
+def _visible(graph: Graph) -> tuple[str, ...]:
+    return tuple(name for name, node in graph.nodes.items() if TAG_HIDDEN not in (node.tags or ()))
+
+
+def _stops(graph: Graph, at: Sequence[str] | str) -> tuple[str, ...]:
+    return _visible(graph) if at == "*" else tuple(at)
+
+
+def _shape(graph: Graph, above: tuple[Graph, ...] = ()) -> dict[str, Any]:
+    """What recovery depends on, as JSON. A graph that calls itself is described once."""
+    above = (*above, graph)
+    return {
+        "nodes": sorted(graph.nodes),
+        "edges": sorted(_edges(graph)),
+        "channels": sorted(graph.channels),
+        "subgraphs": {
+            name: _shape(sub, above)
+            for name, sub in graph.get_subgraphs()
+            if isinstance(sub, Pregel) and not any(sub is other for other in above)
+        },
+    }
+
+
+def _edges(graph: Graph) -> Iterator[tuple[str, str]]:
+    builder = getattr(graph, "builder", None)
+    if not isinstance(builder, StateGraph):
+        for name, node in graph.nodes.items():
+            yield from ((trigger, name) for trigger in node.triggers)
+        return
+    yield from builder.edges
+    yield from (("+".join(sorted(starts)), end) for starts, end in builder.waiting_edges)
+    for start, branches in builder.branches.items():
+        for branch in branches.values():
+            # Without a path map it may go anywhere.
+            yield from ((start, end) for end in (branch.ends or {"*": "*"}).values())
+    for name, spec in builder.nodes.items():
+        yield from ((name, end) for end in spec.ends or ())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Import worlds: how each project gets its own modules.
+
+
+#: Top-level names that belong to Sereno, whatever a project calls its own packages.
+OURS = frozenset({"runtime", "telemetry"})
+
+
+class _Project(MetaPathFinder):
+    """A folder of user code whose modules import each other as if they were alone in the process.
+
+    What a name means to a module of the project, in this order:
+
+    - the standard library's and installed packages' names mean these, as for LangGraph's CLI,
+      which puts a project at the end of the path;
+    - a name of ours (`runtime`) that the project has too is loaded under a private name;
+    - so is one that an earlier project has (`agent`);
+    - any other name found on its paths is loaded as it is called.
+
+    Each of its modules is run with an `__import__` that knows this, and keeps it for imports
+    inside functions. `importlib.import_module` does not pass there: it finds every name but the
+    private ones. Nothing is put on `sys.path`.
+    """
+
+    def __init__(self, key: str, folder: Path, paths: tuple[str, ...]) -> None:
+        self.folder = folder
+        self._paths = paths
+        self._key = key
+        self._prefix = f"sereno_project_{_digest(key)}_"
+        self._meanings: dict[str, str | None] = {}
+        self._files: dict[Path, ModuleType] = {}
+        self._names: set[str] = set()
+        self.builtins = {**vars(builtins), "__import__": self._import}
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """Lets the project's modules be found; at the end they are forgotten."""
+        sys.meta_path.insert(len(_projects()), self)
+        try:
+            yield
+        finally:
+            sys.meta_path.remove(self)
+            for name in self._names:
+                sys.modules.pop(name, None)
+
+    def load_module(self, name: str) -> ModuleType:
+        return importlib.import_module(self._renamed(name))
+
+    def load_file(self, path: Path) -> ModuleType:
+        """Runs a file once, under a private name that does not change when the project moves."""
+        if path not in self._files:
+            relative = Path(os.path.relpath(path, self.folder)).as_posix()
+            name = f"sereno_graph_{_digest(f'{self._key}/{relative}')}"
+            loader = _Loader(self, name, str(path))
+            spec = spec_from_file_location(name, path, loader=loader)
+            assert spec is not None
+            module = module_from_spec(spec)
+            # Before it runs: dataclasses and type hints look their module up.
+            sys.modules[name] = module
+            self._names.add(name)
+            try:
+                loader.exec_module(module)
+            except BaseException:
+                del sys.modules[name]
+                raise
+            self._files[path] = module
+        return self._files[path]
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        top = fullname.partition(".")[0]
+        public = top.removeprefix(self._prefix)
+        if self._meaning(public) != top:
+            return None
+        found = self._own(public) if fullname == top else PathFinder.find_spec(fullname, path)
+        if found is None:
+            return None
+        self._names.add(fullname)
+        return self._adopted(fullname, found)
+
+    def _import(
+        self,
+        name: str,
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
+        if level == 0:
+            name = self._renamed(name)
+        return builtins.__import__(name, globals, locals, fromlist, level)
+
+    def _renamed(self, name: str) -> str:
+        top, dot, rest = name.partition(".")
+        return (self._meaning(top) or top) + dot + rest
+
+    def _meaning(self, top: str) -> str | None:
+        """What the project's `top` is called in sys.modules; None if the project has none."""
+        if top not in self._meanings:
+            self._meanings[top] = self._decide(top)
+        return self._meanings[top]
+
+    def _decide(self, top: str) -> str | None:
+        own = self._own(top)
+        if own is None:
+            return None
+        installed = _installed(top)
+        if top in OURS:
+            # A project may be the folder that Sereno itself is in.
+            return None if installed and _place(installed) == _place(own) else self._prefix + top
+        projects = _projects()
+        # The working directory can be on sys.path: what is found there is not installed.
+        places = [_place(spec) for project in projects if (spec := project._own(top))]
+        if installed and _place(installed) not in places:
+            return None
+        earlier = projects[: projects.index(self)]
+        return self._prefix + top if any(other._own(top) for other in earlier) else top
+
+    def _own(self, top: str) -> ModuleSpec | None:
+        return PathFinder.find_spec(top, self._paths)
+
+    def _adopted(self, name: str, found: ModuleSpec) -> ModuleSpec | None:
+        """`found` under the name that it is imported by, to be run with the project's imports."""
+        folders = found.submodule_search_locations
+        if found.origin is None or found.loader is None:
+            namespace = ModuleSpec(name, None, is_package=True)
+            namespace.submodule_search_locations = list(folders or ())
+            return namespace
+        kind: Any = type(found.loader)
+        loader = (
+            _Loader(self, name, found.origin)
+            if kind is SourceFileLoader
+            else kind(name, found.origin)
+        )
+        return spec_from_file_location(
+            name, found.origin, loader=loader, submodule_search_locations=folders
+        )
+
+
+class _Loader(SourceFileLoader):
+    """Runs a file with its project's `__import__`."""
+
+    def __init__(self, project: _Project, name: str, path: str) -> None:
+        super().__init__(name, path)
+        self._project = project
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__builtins__"] = self._project.builtins
+        super().exec_module(module)
+
+
+def _projects() -> list[_Project]:
+    return [finder for finder in sys.meta_path if isinstance(finder, _Project)]
+
+
+def _installed(top: str) -> ModuleSpec | None:
+    """What the rest of the process would import as `top`."""
+    for finder in sys.meta_path:
+        if not isinstance(finder, _Project) and (spec := finder.find_spec(top, None)):
+            return spec
+    return None
+
+
+def _place(spec: ModuleSpec) -> object:
+    if spec.origin:
+        return os.path.realpath(spec.origin)
+    return [os.path.realpath(folder) for folder in spec.submodule_search_locations or ()]

@@ -1,0 +1,80 @@
+"""Every setting, read once from `SERENO_*`, frozen and passed in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from runtime.errors import BadSetting
+
+__all__ = ["Durability", "Settings", "load"]
+
+Durability = Literal["sync", "async", "exit"]
+
+
+class Settings(BaseSettings):
+    """What a server can be told. Each field is `SERENO_<NAME>`; the command line wins."""
+
+    model_config = SettingsConfigDict(env_prefix="SERENO_", frozen=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8009, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    engine: str = Field("sqlite:///./sereno.db", description="Where runs live: a URL.")
+    insecure: bool = Field(False, description="Allow a non-loopback address without API keys.")
+    lenient: bool = Field(False, description="Serve the graphs that load when others do not.")
+    wait_lock: bool = Field(False, description="Wait for the store's lock instead of failing.")
+    default_graph: str | None = Field(None, description="Graph of the seed profile.")
+    slots: int = Field(64, ge=1, description="Runs that execute at the same time.")
+    queue_max: int = Field(10_000, ge=1, description="Runs that may wait; more get 503.")
+    executor_threads: int = Field(64, ge=1, description="Threads for sync nodes.")
+    durability: Durability = Field("sync", description="LangGraph's durability of runs.")
+    recursion_limit: int = Field(100, ge=1, description="Supersteps of a run unless it says.")
+    recursion_limit_max: int = Field(1000, ge=1, description="The most that a run may ask for.")
+    lease_s: float = Field(30.0, gt=0, description="Seconds until a silent worker's lease expires.")
+    lease_heartbeat_s: float = Field(10.0, gt=0, description="Seconds between lease renewals.")
+    drain_s: float = Field(25.0, ge=0, description="Seconds that a shutdown waits for supersteps.")
+    cancel_grace_s: float = Field(5.0, ge=0, description="Seconds that a cancelled node may take.")
+    graph_wait_s: float = Field(
+        300.0, ge=0, description="Seconds that a run waits for a graph that is not served."
+    )
+    heartbeat_s: float = Field(10.0, ge=0, description="Seconds between heartbeat lines; 0 is off.")
+    stream_max_s: float = Field(0.0, ge=0, description="Longest a stream stays open; 0 is forever.")
+    write_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds that a client may take to accept one chunk."
+    )
+    token_ms: float = Field(30.0, ge=0, description="Milliseconds over which tokens are joined.")
+    line_max: int = Field(1024 * 1024, ge=1024, description="Bytes of a line.")
+    body_max: int = Field(1024 * 1024, ge=1024, description="Bytes of a request body.")
+    run_max_events: int = Field(100_000, ge=10, description="Lines of a run.")
+    run_max_log_bytes: int = Field(256 * 1024 * 1024, ge=1024, description="Bytes of a run's log.")
+    run_max_unwritten: int = Field(10_000, ge=1, description="Lines of a run not yet committed.")
+    expose_errors: bool = Field(False, description="Send exception messages to clients.")
+    serde_allow: str = Field("", description="module:Class,… that checkpoints may hold.")
+    tenacity_guard: bool = Field(True, description="Let interrupts pass through a default @retry.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def load(**overrides: object) -> Settings:
+    """Read the environment; keyword arguments that are not None win. Raises BadSetting."""
+    # Before langgraph is imported: checkpoints hold declared types only.
+    os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
+    try:
+        return Settings(**{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        name = "SERENO_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise BadSetting(f"{name}: {first['msg']} (got {first.get('input')!r})") from exc
+
+
+def file_of(url: str) -> Path:
+    """The path of a `sqlite:///path` URL: three slashes are relative, four absolute."""
+    return Path(url.split("?", 1)[0].removeprefix("sqlite:///"))

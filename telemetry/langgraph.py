@@ -1,0 +1,398 @@
+"""The seam with LangGraph: sees every attempt of every node, at any depth, in an unchanged graph.
+
+LangGraph calls a node by `_runner.arun_with_retry(task, …)`, which calls `task.proc` once for each
+attempt. `install()` wraps that function and puts a `_Proxy` in the place of `task.proc`. What is
+seen goes to the listeners, and into the stream that LangGraph itself carries in the task's config.
+
+Emission goes through the *task's* config: the config of an attempt is closed when it times out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import structlog
+from langgraph._internal._config import patch_configurable
+from langgraph.constants import TAG_HIDDEN
+from langgraph.errors import GraphBubbleUp, GraphDrained, GraphInterrupt, ParentCommand
+from langgraph.pregel import _retry, _runner
+
+from telemetry.observations import (
+    ATTEMPTS,
+    AttemptEnded,
+    AttemptOutcome,
+    AttemptStarted,
+    Custom,
+    Listener,
+    NodeEnded,
+    NodeOutcome,
+    NodeRetrying,
+    Observation,
+    Visit,
+)
+
+__all__ = [
+    "Attempt",
+    "SeamMismatch",
+    "current_attempt",
+    "install",
+    "listen",
+    "notify",
+    "uninstall",
+    "visit_of",
+]
+
+_CONF = "configurable"
+_STREAM = "__pregel_stream"
+_RUNTIME = "__pregel_runtime"
+
+#: What we patch, and the parameters that it must have: anything else is a LangGraph we do not know.
+_EXPECTED = {
+    (_runner, "arun_with_retry"): ("task", "retry_policy", "stream", "configurable"),
+    (_runner, "run_with_retry"): ("task", "retry_policy", "configurable"),
+    (_retry, "_arun_with_timeout"): ("task", "config", "timeout", "attempt_ctx", "stream"),
+    (_retry, "_should_retry_on"): ("retry_policy", "exc"),
+}
+
+_listeners: list[Listener] = []
+_installed: list[tuple[object, str, object]] = []
+_install_lock = threading.Lock()
+_log = structlog.get_logger("telemetry")
+
+
+class SeamMismatch(RuntimeError):
+    """LangGraph's functions are not those that we know how to observe."""
+
+
+class Attempt:
+    """The attempt that the current code runs in: who it is, and where its observations go."""
+
+    __slots__ = ("number", "stream", "visit")
+
+    def __init__(self, visit: Visit, number: int, stream: Any) -> None:
+        self.visit = visit
+        self.number = number
+        self.stream = stream
+
+    def emit(self, observation: Observation) -> None:
+        """Hand an observation of something inside this attempt to listeners and stream."""
+        _emit(self.stream, self.visit, observation)
+
+
+#: Follows asyncio tasks and `to_thread`; a raw `threading.Thread` loses it.
+current_attempt: ContextVar[Attempt | None] = ContextVar("sereno_attempt", default=None)
+
+
+def install() -> None:
+    """Observe LangGraph in this process from now on. Idempotent.
+
+    Raises SeamMismatch, and changes nothing, when a function has other parameters than we know.
+    """
+    with _install_lock:
+        if _installed:
+            return
+        for (owner, name), expected in _EXPECTED.items():
+            function = getattr(owner, name, None)
+            found = tuple(inspect.signature(function).parameters) if function else None
+            if found != expected:
+                raise SeamMismatch(
+                    f"{getattr(owner, '__name__', owner)}.{name} takes {found}, "
+                    f"expected {expected}: install a langgraph of the version in requirements.lock"
+                )
+        _patch(_runner, "arun_with_retry", _observed_async(_runner.arun_with_retry))  # type: ignore[attr-defined]
+        _patch(_runner, "run_with_retry", _observed_sync(_runner.run_with_retry))  # type: ignore[attr-defined]
+        _patch(_retry, "_arun_with_timeout", _observed_timeout(_retry._arun_with_timeout))
+
+
+def uninstall() -> None:
+    """Put LangGraph's own functions back."""
+    with _install_lock:
+        while _installed:
+            owner, name, original = _installed.pop()
+            setattr(owner, name, original)
+
+
+@contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Call `listener` with every observation of this process for the length of the block."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def notify(observation: Observation) -> None:
+    """Hand an observation to the listeners. Telemetry never raises into a run."""
+    for listener in _listeners:
+        try:
+            listener(observation)
+        except Exception:
+            _log.warning("Listener failed", exc_info=True)
+
+
+def visit_of(task: Any) -> Visit:
+    """Where a LangGraph task is, read off its checkpoint namespace `name:id|name:id|…`."""
+    config = task.config
+    ns = config[_CONF].get("checkpoint_ns") or ""
+    # A number stands between two segments when a task calls several subgraphs: no level of its own.
+    segments = [part.partition(":") for part in ns.split("|") if part and not part.isdigit()][:-1]
+    return Visit(
+        task=task.id,
+        node=task.name,
+        ns=tuple([name for name, _, _ in segments]),
+        path=tuple([task_id for _, _, task_id in segments]),
+        step=(config.get("metadata") or {}).get("langgraph_step", 0),
+    )
+
+
+def _patch(owner: object, name: str, value: object) -> None:
+    _installed.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
+def _emit(stream: Any, visit: Visit, observation: Observation) -> None:
+    if _listeners:
+        notify(observation)
+    if stream is not None and ATTEMPTS in stream.modes:
+        stream((visit.path, ATTEMPTS, observation))
+
+
+def _hidden(task: Any) -> bool:
+    return TAG_HIDDEN in (task.config.get("tags") or ())
+
+
+def _observed_async(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def arun_with_retry(
+        task: Any, retry_policy: Any, stream: bool = False, configurable: Any = None
+    ) -> Any:
+        if _hidden(task):
+            return await original(task, retry_policy, stream, configurable)
+        proxy = _Proxy(task, task.retry_policy or retry_policy)
+        try:
+            result = await original(task, retry_policy, stream, configurable)
+        except BaseException as exc:
+            proxy.ended(exc)
+            raise
+        proxy.ended(None)
+        return result
+
+    return arun_with_retry
+
+
+def _observed_sync(original: Callable[..., Any]) -> Callable[..., Any]:
+    def run_with_retry(task: Any, retry_policy: Any, configurable: Any = None) -> Any:
+        if _hidden(task):
+            return original(task, retry_policy, configurable)
+        proxy = _Proxy(task, task.retry_policy or retry_policy)
+        try:
+            result = original(task, retry_policy, configurable)
+        except BaseException as exc:
+            proxy.ended(exc)
+            raise
+        proxy.ended(None)
+        return result
+
+    return run_with_retry
+
+
+def _observed_timeout(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A node with a timeout runs in a further task; what ends it first ends the attempt."""
+
+    async def _arun_with_timeout(
+        task: Any, config: Any, timeout: Any, attempt_ctx: Any, *, stream: bool
+    ) -> Any:
+        try:
+            return await original(task, config, timeout, attempt_ctx, stream=stream)
+        except BaseException as exc:
+            if isinstance(task.proc, _Proxy):
+                task.proc.attempt_ended(_attempt_number(config), exc)
+            raise
+
+    return _arun_with_timeout
+
+
+def _attempt_number(config: Any) -> int:
+    info = config[_CONF][_RUNTIME].execution_info
+    return info.node_attempt if info is not None else 1
+
+
+class _Proxy:
+    """Stands in for `task.proc` and is called once for each attempt; the rest passes through."""
+
+    def __init__(self, task: Any, policies: Any) -> None:
+        self._proc = task.proc
+        self._policies = policies or ()
+        self._stream = task.config[_CONF].get(_STREAM)
+        self._visit = visit_of(task)
+        self._started = time.perf_counter()
+        self._attempts = 0
+        self._open: Attempt | None = None
+        self._opened = 0.0
+        # PregelExecutableTask is a frozen dataclass.
+        object.__setattr__(task, "proc", self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._proc, name)
+
+    def invoke(self, value: Any, config: Any = None, **kwargs: Any) -> Any:
+        attempt, config = self._begin(config)
+        token = current_attempt.set(attempt)
+        try:
+            result = self._proc.invoke(value, config, **kwargs)
+        except BaseException as exc:
+            self.attempt_ended(attempt.number, exc, in_thread=True)
+            raise
+        finally:
+            current_attempt.reset(token)
+        self.attempt_ended(attempt.number, None)
+        return result
+
+    async def ainvoke(self, value: Any, config: Any = None, **kwargs: Any) -> Any:
+        attempt, config = self._begin(config)
+        token = current_attempt.set(attempt)
+        try:
+            result = await self._proc.ainvoke(value, config, **kwargs)
+        except BaseException as exc:
+            self.attempt_ended(attempt.number, exc)
+            raise
+        finally:
+            current_attempt.reset(token)
+        self.attempt_ended(attempt.number, None)
+        return result
+
+    async def astream(self, value: Any, config: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
+        """Only LangGraph's older event protocols call a node this way; no context is kept set
+        across a `yield`, so calls inside it are seen without their node."""
+        attempt, config = self._begin(config)
+        try:
+            async for chunk in self._proc.astream(value, config, **kwargs):
+                yield chunk
+        except BaseException as exc:
+            self.attempt_ended(attempt.number, exc)
+            raise
+        self.attempt_ended(attempt.number, None)
+
+    def _begin(self, config: Any) -> tuple[Attempt, Any]:
+        runtime = config[_CONF][_RUNTIME]
+        number = _attempt_number(config)
+        # Custom values and calls of an attempt that timed out are to be dropped: LangGraph guards
+        # the stream in the attempt's config for that.
+        stream = config[_CONF].get(_STREAM)
+        attempt = Attempt(self._visit, number, stream)
+        self._attempts, self._open, self._opened = number, attempt, time.perf_counter()
+        self._emit(AttemptStarted(visit=self._visit, attempt=number))
+        if stream is not None and "custom" in stream.modes:
+            visit = self._visit
+
+            def write(value: Any) -> None:
+                stream((visit.path, "custom", Custom(visit=visit, attempt=number, value=value)))
+
+            config = patch_configurable(config, {_RUNTIME: runtime.override(stream_writer=write)})
+        return attempt, config
+
+    def attempt_ended(
+        self, number: int, exc: BaseException | None, *, in_thread: bool = False
+    ) -> None:
+        """The first to tell ends the attempt: its body, or the timeout around it."""
+        if self._open is None or self._open.number != number:
+            return
+        self._open = None
+        retry = self._retry(exc, number) if _is_failure(exc, in_thread) else None
+        self._emit(
+            AttemptEnded(
+                visit=self._visit,
+                attempt=number,
+                outcome=_attempt_outcome(exc, retry, in_thread),
+                error=exc if not isinstance(exc, GraphBubbleUp) else None,
+                duration_s=time.perf_counter() - self._opened,
+            )
+        )
+        if isinstance(retry, NodeRetrying):
+            self._emit(retry)
+
+    def _retry(self, exc: BaseException | None, number: int) -> NodeRetrying | str | None:
+        """LangGraph's own decision (`_retry.py`), taken with the same policies: the retry to come,
+        `exhausted` when a policy matched but is used up, None when none matched."""
+        if not isinstance(exc, Exception):
+            return None
+        for policy in self._policies:
+            try:
+                matches = _retry._should_retry_on(policy, exc)
+            except Exception:  # LangGraph will meet it too, and fail the node
+                return None
+            if matches:
+                if number >= policy.max_attempts:
+                    return "exhausted"
+                planned = policy.initial_interval * policy.backoff_factor ** (number - 1)
+                return NodeRetrying(
+                    visit=self._visit,
+                    attempt=number,
+                    error=exc,
+                    retry_in_s=min(policy.max_interval, planned),
+                    jitter_s=1.0 if policy.jitter else 0.0,
+                    max_attempts=policy.max_attempts,
+                )
+        return None
+
+    def ended(self, exc: BaseException | None) -> None:
+        """The visit is over."""
+        if self._open is not None:
+            self.attempt_ended(self._open.number, exc)
+        self._emit(
+            NodeEnded(
+                visit=self._visit,
+                attempts=self._attempts,
+                outcome=_node_outcome(exc),
+                error=exc if _node_outcome(exc) == "error" else None,
+                duration_s=time.perf_counter() - self._started,
+            )
+        )
+
+    def _emit(self, observation: Observation) -> None:
+        _emit(self._stream, self._visit, observation)
+
+
+def _is_failure(exc: BaseException | None, in_thread: bool) -> bool:
+    if exc is None or isinstance(exc, GraphBubbleUp):
+        return False
+    return not isinstance(exc, asyncio.CancelledError) or in_thread or _raised_by_the_body()
+
+
+def _raised_by_the_body() -> bool:
+    """Whether a CancelledError is the node's own doing: nobody asked its task to stop."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() == 0
+
+
+def _attempt_outcome(
+    exc: BaseException | None, retry: NodeRetrying | str | None, in_thread: bool
+) -> AttemptOutcome:
+    if exc is None or isinstance(exc, ParentCommand):
+        return "success"
+    if isinstance(exc, GraphInterrupt):
+        return "interrupted"
+    if not _is_failure(exc, in_thread):
+        return "cancelled"
+    if isinstance(retry, NodeRetrying):
+        return "retried"
+    return "exhausted" if retry else "failed"
+
+
+def _node_outcome(exc: BaseException | None) -> NodeOutcome:
+    if exc is None or isinstance(exc, ParentCommand):
+        return "success"
+    if isinstance(exc, GraphInterrupt):
+        return "interrupted"
+    if isinstance(exc, GraphDrained):
+        return "drained"
+    if isinstance(exc, asyncio.CancelledError):
+        return "cancelled"
+    return "error"

@@ -1,0 +1,1 @@
+from agent.who import NAME as NAME
