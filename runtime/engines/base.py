@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver
 
 from runtime.errors import CursorAhead, LeaseLost, ThreadBusy
 from runtime.events import STATUS, TERMINAL_TYPES, Event
@@ -30,6 +30,8 @@ __all__ = [
     "void",
 ]
 
+#: Channels of a task's stored writes that are not its result.
+NOT_A_RESULT = (*WRITES_IDX_MAP, "__error_source_node__")
 #: Lines that a tail keeps in memory for its watchers; older ones are read from the log.
 RING = 4096
 #: Lines that a watcher is given at a time.
@@ -128,13 +130,19 @@ class Engine(Protocol):
 
 
 class Checkpointed:
-    """Which tasks of a thread have their result in a checkpoint."""
+    """What the checkpoints of a thread hold."""
 
-    def __init__(self, stored: set[str], steps: dict[str, int]) -> None:
+    def __init__(
+        self, stored: set[str], latest: Mapping[str, tuple[str, Mapping[str, Any]]]
+    ) -> None:
         #: Task ids with a stored result.
         self.stored = stored
         #: Checkpoint namespace → the step of its latest checkpoint.
-        self.steps = steps
+        self.steps = {ns: int(metadata["step"]) for ns, (_, metadata) in latest.items()}
+        root = latest.get("")
+        #: The root graph's latest checkpoint, and the run that wrote it.
+        self.checkpoint_id = root[0] if root else None
+        self.run_id = root[1].get("sereno_run") if root else None
 
 
 # Decisions: taken on a row, without I/O.
@@ -211,6 +219,13 @@ class Tail:
         self.waiters.append(waiter)
         await asyncio.wait((waiter,), timeout=timeout)
 
+    def wake(self) -> None:
+        """Let those go on who wait."""
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
 
 class Tails:
     """The tails of one process, by run. Used from the event loop only."""
@@ -226,10 +241,12 @@ class Tails:
         for event in events:
             tail.lines.append(StoredLine(seq=event.seq, type=event.type, body=event.body))
             tail.last = event.seq
-        waiters, tail.waiters = tail.waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        tail.wake()
+
+    def wake(self) -> None:
+        """Let every watcher look around: the server shuts down."""
+        for tail in list(self._tails.values()):
+            tail.wake()
 
     @contextmanager
     def watch(self, run_id: str) -> Iterator[Tail]:

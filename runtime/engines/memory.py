@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 
 from runtime.engines.base import (
+    NOT_A_RESULT,
     Checkpointed,
     Tails,
     check_append,
@@ -188,14 +189,14 @@ class MemoryEngine:
             for (thread, _, _), writes in saver.writes.items()
             if thread == thread_id
             for (task, _), (_, channel, _, _) in writes.items()
-            if channel not in WRITES_IDX_MAP
+            if channel not in NOT_A_RESULT
         }
-        steps = {}
+        latest = {}
         for ns, checkpoints in saver.storage.get(thread_id, {}).items():
             if checkpoints:
-                _, metadata, _ = checkpoints[max(checkpoints)]
-                steps[ns] = int(saver.serde.loads_typed(metadata)["step"])
-        return Checkpointed(stored, steps)
+                newest = max(checkpoints)
+                latest[ns] = (newest, saver.serde.loads_typed(checkpoints[newest][1]))
+        return Checkpointed(stored, latest)
 
     async def writable(self) -> bool:
         return True

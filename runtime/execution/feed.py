@@ -19,17 +19,18 @@ import structlog
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk
 from langgraph.pregel._messages import StreamMessagesHandler
-from telemetry.contract import classify, error_type
 
 from runtime.engines.base import Engine
 from runtime.errors import LogLimit
 from runtime.events import Event, Sealer
 from runtime.execution.history import History
 from runtime.model import Lease
+from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
 from telemetry.observations import (
     ATTEMPTS,
     AttemptStarted,
+    CallAttemptEnded,
     CallAttemptStarted,
     CallRetrying,
     Custom,
@@ -134,7 +135,6 @@ class Feed:
         self._token_timer: asyncio.TimerHandle | None = None
         self._seen: dict[str, Visit] = {}
         self._calls: dict[str, dict[str, None]] = {}
-        self._call_of_message: dict[str, str] = {}
 
     # What LangGraph calls.
 
@@ -213,6 +213,8 @@ class Feed:
             self._calls[seen.call_id] = {}
         elif isinstance(seen, CallRetrying):
             self._call_retrying(seen)
+        elif isinstance(seen, CallAttemptEnded) and seen.outcome != "retried":
+            self._calls.pop(seen.call_id, None)
 
     def _retrying(self, seen: NodeRetrying) -> None:
         record = self._history.tasks.get(seen.visit.task)
@@ -313,7 +315,6 @@ class Feed:
         self._flush_tokens()
         for message_id in made:
             self._seen.pop(message_id, None)
-            self._call_of_message.pop(message_id, None)
         if seen.visit is None:
             return
         error = self._error(seen.error) if seen.error is not None else {"error_class": "other"}
@@ -332,24 +333,24 @@ class Feed:
     def _custom(self, custom: Custom) -> None:
         self._line("custom", {"value": custom.value}, self._where(custom.visit, custom.attempt))
 
-    def _token(self, task: str, call_id: str | None, message_id: str, text: str) -> None:
+    def _token(self, task: str, call_ids: tuple[str, ...], message_id: str, text: str) -> None:
         known = self._wheres.get(task)
         if known is None:
             return
         visit, _, where = known
-        self._message_made(message_id, visit, call_id)
+        self._message_made(message_id, visit, call_ids)
         if message_id not in self._tokens:
             self._tokens[message_id] = (where, [])
         self._tokens[message_id][1].append(text)
         if self._token_timer is None:
             self._token_timer = self._loop.call_later(self._token_s, self._flush_tokens)
 
-    def _message(self, task: str, call_id: str | None, message: BaseMessage) -> None:
+    def _message(self, task: str, call_ids: tuple[str, ...], message: BaseMessage) -> None:
         known = self._wheres.get(task)
         if known is None or message.id is None:
             return
         visit, _, where = known
-        self._message_made(message.id, visit, call_id)
+        self._message_made(message.id, visit, call_ids)
         self._line("message", _message_data(message), where)
 
     def _output_messages(self, visit: Visit, attempt: int, update: Any) -> None:
@@ -362,10 +363,11 @@ class Feed:
             self._seen[message.id] = visit
             self._line("message", _message_data(message), self._where(visit, attempt))
 
-    def _message_made(self, message_id: str, visit: Visit, call_id: str | None) -> None:
+    def _message_made(self, message_id: str, visit: Visit, call_ids: tuple[str, ...]) -> None:
         self._seen[message_id] = visit
-        if call_id is not None and call_id in self._calls:
-            self._calls[call_id][message_id] = None
+        for call_id in call_ids:
+            if call_id in self._calls:
+                self._calls[call_id][message_id] = None
 
     def _forget(self, task: str) -> None:
         """The output of a failed attempt is superseded: the same message may come again."""
@@ -485,13 +487,13 @@ class Feed:
             return
         for record in list(self._history.tasks.values()):
             if record.open and record.task in self._wheres:
-                visit, attempt, where = self._wheres[record.task]
+                _, attempt, where = self._wheres[record.task]
                 self._line("node.cancelled", {"attempts": attempt, "duration_ms": 0.0}, where)
 
     @property
-    def open_node(self) -> str | None:
-        """A node that has begun and not ended."""
-        return next((task.node for task in self._history.tasks.values() if task.open), None)
+    def open_nodes(self) -> list[str]:
+        """Nodes that have begun and not ended."""
+        return sorted({task.node for task in self._history.tasks.values() if task.open})
 
     def now(self) -> float:
         """Unix seconds by the clock that stamps the lines."""
@@ -523,12 +525,12 @@ class MessageTap(StreamMessagesHandler):
     Subclasses LangGraph's own handler so that LangGraph knows it for one.
     """
 
-    ignore_chain = True  # type: ignore[assignment]
+    ignore_chain = True
 
-    def __init__(self, feed: Feed, current_call: Callable[[], str | None]) -> None:
+    def __init__(self, feed: Feed, open_calls: Callable[[], tuple[str, ...]]) -> None:
         super().__init__(feed, True)
         self._feed = feed
-        self._current_call = current_call
+        self._open_calls = open_calls
         self._tasks: dict[UUID, str] = {}
 
     def on_chat_model_start(
@@ -538,13 +540,13 @@ class MessageTap(StreamMessagesHandler):
         if (meta := self.metadata.get(run_id)) is not None:
             self._tasks[run_id] = _task_of(meta[1].get("langgraph_checkpoint_ns"))
 
-    def on_llm_new_token(self, token: str, *, chunk: Any = None, run_id: UUID, **kw: Any) -> Any:
+    def on_llm_new_token(self, token: Any, *, chunk: Any = None, run_id: UUID, **kw: Any) -> Any:
         task = self._tasks.get(run_id)
         if task is None or not isinstance(chunk, ChatGenerationChunk):
             return
         text, message_id = str(chunk.message.text), chunk.message.id
         if text and message_id:
-            self._feed(((), "token", (task, self._current_call(), message_id, text)))
+            self._feed(((), "token", (task, self._open_calls(), message_id, text)))
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **kw: Any) -> Any:
         self.metadata.pop(run_id, None)
@@ -553,7 +555,7 @@ class MessageTap(StreamMessagesHandler):
             return
         message = getattr(response.generations[0][0], "message", None)
         if message is not None:
-            self._feed(((), "message", (task, self._current_call(), message)))
+            self._feed(((), "message", (task, self._open_calls(), message)))
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kw: Any) -> Any:
         self.metadata.pop(run_id, None)

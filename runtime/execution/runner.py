@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import structlog
+from langgraph._internal._serde import apply_checkpointer_allowlist
 from langgraph.errors import GraphRecursionError
 from langgraph.pregel.protocol import StreamProtocol
 from langgraph.runtime import RunControl, Runtime
 from langgraph.types import Command
-from telemetry.contract import classify, error_type
-from telemetry.tenacity import current_call
 
 from runtime.engines.base import Engine
+from runtime.engines.serde import StateTypeBlocked
 from runtime.errors import LeaseLost, LogLimit, StorageFailed
 from runtime.execution.feed import Feed, MessageTap
 from runtime.execution.history import History
 from runtime.graphs import LoadedGraph
 from runtime.model import Lease, Run
 from runtime.settings import Settings
+from telemetry.contract import classify, error_type
+from telemetry.tenacity import open_calls
 
 __all__ = ["Outcome", "Runner", "Stop"]
 
@@ -102,7 +104,8 @@ class Runner:
         drive = asyncio.create_task(self._drive(), name=f"run {self.run.run_id}")
         self.drive = drive
         timeout = self._deadline_in
-        await asyncio.wait({drive, self._stop}, timeout=timeout, return_when="FIRST_COMPLETED")
+        waited: set[asyncio.Future[Any]] = {drive, self._stop}
+        await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not drive.done():
             if not self._stop.done():
                 self.stop(Stop("deadline"))
@@ -133,10 +136,10 @@ class Runner:
         modes: Any = self.feed.modes
         callbacks: list[Any] = []
         if "messages" in self.feed.modes:
-            callbacks.append(MessageTap(self.feed, current_call.get))
+            callbacks.append(MessageTap(self.feed, open_calls.get))
         saver = self._engine.checkpointer(self.lease, before_write=self.feed.before_checkpoint)
         client = request.get("config") or {}
-        config: dict[str, Any] = {
+        config: Any = {
             "configurable": {
                 **_allowed(client.get("configurable")),
                 "thread_id": self.run.thread_id,
@@ -159,7 +162,9 @@ class Runner:
             config["callbacks"] = _with_own(graph, callbacks)
             value = await self._input(graph, config)
             if value is None or isinstance(value, Command):
-                _check_pending_nodes(graph, await saver.aget_tuple(_place(config)))
+                allowed = getattr(graph, "_serde_allowlist", None)
+                reader = apply_checkpointer_allowlist(saver, allowed)
+                _check_pending_nodes(graph, await reader.aget_tuple(_place(config)))
             if value is _STOP_HERE:
                 self.feed.interrupted = True
             else:
@@ -261,8 +266,8 @@ class Runner:
             code = "recursion_limit"
         elif isinstance(error, GraphChanged):
             code = "graph_changed"
-        elif type(error).__name__ == "InvalidCheckpointTypeError":
-            code = "state_type_blocked"
+        elif isinstance(error, StateTypeBlocked):
+            code = error.code
         elif node is not None or isinstance(error, (TimeoutError, asyncio.TimeoutError)):
             code = "node_error"
         return self._error(code, error, node if code == "node_error" else None)

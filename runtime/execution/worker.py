@@ -39,7 +39,7 @@ from runtime.settings import Settings
 from telemetry.encoding import JsonEncoder
 from telemetry.langgraph import current_attempt
 
-__all__ = ["NodeExecutor", "Worker"]
+__all__ = ["NodeExecutor", "Observer", "Worker"]
 
 #: (run id, thread id) of the run that the current code belongs to.
 current_run: ContextVar[tuple[str, str] | None] = ContextVar("sereno_run", default=None)
@@ -48,6 +48,22 @@ current_run: ContextVar[tuple[str, str] | None] = ContextVar("sereno_run", defau
 SUSPECT = 2
 #: Seconds between looks for runs that nobody has announced.
 SWEEP_S = 1.0
+
+
+class Observer:
+    """What others may want to know of a worker's runs; does nothing."""
+
+    def queued(self, run: NewRun, trigger: str) -> None:
+        """A run was committed."""
+
+    def claimed(self, run: Run) -> None:
+        """A run begins to execute here."""
+
+    def released(self, run: Run) -> None:
+        """It executes here no more."""
+
+    def ended(self, run: Run, outcome: Outcome) -> None:
+        """A run's last line of an epoch is committed."""
 
 
 class Worker:
@@ -61,7 +77,7 @@ class Worker:
         *,
         encoder: JsonEncoder | None = None,
         clock: Callable[[], float] = time.time,
-        ended: Callable[[Run, Outcome], None] = lambda run, outcome: None,
+        observer: Observer | None = None,
     ) -> None:
         self.owner = uuid.uuid4().hex
         self.encoder = encoder or JsonEncoder()
@@ -72,12 +88,13 @@ class Worker:
         self._graphs = graphs
         self._settings = settings
         self._clock = clock
-        self._ended = ended
+        self._observer = observer or Observer()
         self._log = structlog.get_logger("runtime")
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._announced: dict[str, Run] = {}
         self._claiming: set[str] = set()
+        self._missing: set[str] = set()
         self._swallowers: dict[str, tuple[str, str]] = {}
         self._cancelled_early: dict[str, str] = {}
         self._solo: str | None = None
@@ -126,6 +143,7 @@ class Worker:
             thread_id=run.thread_id,
             graph=run.graph,
         )
+        self._observer.queued(new, str(queued_data.get("trigger", "api")))
         self._announced[run.run_id] = run
         self._wake.set()
         return run
@@ -153,6 +171,7 @@ class Worker:
             self._log.info("Draining", runs=len(self._runners))
             for runner in self._runners.values():
                 runner.stop(Stop("drain"))
+            self._engine.tails.wake()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -160,6 +179,16 @@ class Worker:
     def active(self) -> Mapping[str, Runner]:
         """What executes now, by run id."""
         return self._runners
+
+    def open_nodes(self, run_id: str) -> Sequence[str]:
+        """Nodes of a run that execute here now."""
+        runner = self._runners.get(run_id)
+        return runner.feed.open_nodes if runner is not None else ()
+
+    @property
+    def missing_graphs(self) -> Sequence[str]:
+        """Graphs that runs wait for and that are not served."""
+        return sorted(self._missing)
 
     @property
     def abandoned(self) -> int:
@@ -231,7 +260,8 @@ class Worker:
         finally:
             self._claiming.discard(run.run_id)
             self._cancelled_early.pop(run.run_id, None)
-            self._runners.pop(run.run_id, None)
+            if self._runners.pop(run.run_id, None) is not None:
+                self._observer.released(run)
             if self._solo == run.run_id:
                 self._solo = None
             self._wake.set()
@@ -269,6 +299,7 @@ class Worker:
         )
         runner = self._runner(run, lease, graph, claim, remaining)
         self._runners[run.run_id] = runner
+        self._observer.claimed(run)
         self._claiming.discard(run.run_id)
         if (reason := self._cancelled_early.pop(run.run_id, None)) is not None:
             runner.stop(Stop("cancel", reason))
@@ -290,7 +321,7 @@ class Worker:
         drive = runner.drive
         if drive is None or drive.done():
             return
-        self._swallowers[run.run_id] = (run.thread_id, runner.feed.open_node or "?")
+        self._swallowers[run.run_id] = (run.thread_id, next(iter(runner.feed.open_nodes), "?"))
         drive.add_done_callback(lambda _: self._swallowers.pop(run.run_id, None))
 
     def held(self, thread_id: str) -> tuple[str, str] | None:
@@ -305,6 +336,7 @@ class Worker:
         try:
             return self._graphs.get(run.graph)
         except UnknownGraph as exc:
+            self._missing.add(run.graph)
             if self._clock() - run.updated_at > self._settings.graph_wait_s:
                 error = {
                     "code": "graph_unavailable",
@@ -341,15 +373,10 @@ class Worker:
 
     async def _recovery(self, run: Run, history: History) -> dict[str, Any]:
         held = await self._engine.checkpointed(run.thread_id)
-        saver = self._engine.checkpointer(None)
-        latest = await saver.aget_tuple({"configurable": {"thread_id": run.thread_id}})
-        own = latest is not None and latest.metadata.get("sereno_run") == run.run_id
         lost = superseded(history, held)
         return {
             "reason": "crash" if _crashed(run) else "drain",
-            "from_checkpoint": latest.config["configurable"]["checkpoint_id"]
-            if own and latest is not None
-            else None,
+            "from_checkpoint": held.checkpoint_id if held.run_id == run.run_id else None,
             "lost": [
                 {"task": record.task, "node": record.node, "attempt": record.attempt}
                 for record in lost
@@ -429,7 +456,7 @@ class Worker:
             status=data.get("status", "pending"),
             duration_ms=data.get("duration_ms"),
         )
-        self._ended(run, outcome)
+        self._observer.ended(run, outcome)
 
     # Leases.
 

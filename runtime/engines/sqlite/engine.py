@@ -21,9 +21,10 @@ from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import aiosqlite
-from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver
+from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from runtime.engines.base import (
+    NOT_A_RESULT,
     Checkpointed,
     Tails,
     check_claim,
@@ -45,8 +46,6 @@ _COLUMNS = (
     "started_at, ended_at"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM runs"
-#: Channels of a task that are not its result.
-_NOT_A_RESULT = (*WRITES_IDX_MAP, "__error_source_node__")
 
 
 class SqliteEngine:
@@ -298,19 +297,19 @@ class SqliteEngine:
         )
 
     async def checkpointed(self, thread_id: str) -> Checkpointed:
-        marks = ", ".join("?" * len(_NOT_A_RESULT))
+        marks = ", ".join("?" * len(NOT_A_RESULT))
         stored = await self._fetch(
             f"SELECT DISTINCT task_id FROM writes WHERE thread_id = ? AND channel NOT IN ({marks})",
-            (thread_id, *_NOT_A_RESULT),
+            (thread_id, *NOT_A_RESULT),
         )
         latest = await self._fetch(
-            "SELECT checkpoint_ns, metadata FROM checkpoints WHERE thread_id = ? "
-            "GROUP BY checkpoint_ns HAVING checkpoint_id = max(checkpoint_id)",
+            "SELECT checkpoint_ns, max(checkpoint_id), metadata FROM checkpoints "
+            "WHERE thread_id = ? GROUP BY checkpoint_ns",
             (thread_id,),
         )
         return Checkpointed(
             {task for (task,) in stored},
-            {ns: int(json.loads(metadata)["step"]) for ns, metadata in latest},
+            {ns: (newest, json.loads(metadata)) for ns, newest, metadata in latest},
         )
 
     async def writable(self) -> bool:

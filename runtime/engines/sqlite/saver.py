@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -49,9 +48,7 @@ class FencedSaver(AsyncSqliteSaver):
         self._writer = writer
         self._fence = fence
         self._before_write = before_write
-        #: Writes posted and not yet known to be committed.
-        self._unwritten = 0
-        self._failure: BaseException | None = None
+        self._posted = _Posted()
 
     async def aput(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
         place = config["configurable"]
@@ -111,8 +108,8 @@ class FencedSaver(AsyncSqliteSaver):
             db.executemany(statement, rows)
 
         self._check(False)
-        self._unwritten += 1
-        self._writer.post(put, self._written)
+        self._posted.count += 1
+        self._writer.post(put, self._posted.written)
 
     async def adelete_thread(self, thread_id: str) -> None:
         def delete(db: sqlite3.Connection) -> None:
@@ -139,19 +136,26 @@ class FencedSaver(AsyncSqliteSaver):
     def _check(self, progress: bool) -> None:
         if self._before_write is not None:
             self._before_write(progress)
-        if self._failure is not None:
-            raise self._failure
-
-    def _written(self, error: BaseException | None) -> None:
-        self._unwritten -= 1
-        if error is not None:
-            self._failure = error
+        if self._posted.failure is not None:
+            raise self._posted.failure
 
     async def _settle(self) -> None:
         """A read sees what was posted before it."""
-        if self._unwritten:
+        if self._posted.count:
             await self._writer.call(_nothing)
-            await asyncio.sleep(0)
+
+
+class _Posted:
+    """Writes that nobody waited for. LangGraph copies savers: all copies share this."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.failure: BaseException | None = None
+
+    def written(self, error: BaseException | None) -> None:
+        self.count -= 1
+        if error is not None:
+            self.failure = error
 
 
 def _nothing(db: sqlite3.Connection) -> None:

@@ -1,0 +1,1 @@
+"""HTTP → engine; nothing here knows how a run executes."""

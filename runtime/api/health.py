@@ -1,0 +1,73 @@
+"""Is it alive, is it ready, and what is it?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from runtime.api.dependencies import ServicesDep
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["operations"])
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+@router.get("/health")
+@router.get("/healthz", include_in_schema=False)
+async def health() -> Response:
+    """The event loop answers: `{"status":"ok","ts":<unix seconds>}`, exactly."""
+    await asyncio.sleep(0)  # a turn of the loop really happened
+    return JSONResponse({"status": "ok", "ts": int(time.time())}, headers=_NO_STORE)
+
+
+@router.get("/livez")
+async def live() -> Response:
+    """The process is not stuck; best effort on this port."""
+    return PlainTextResponse("ok", headers=_NO_STORE)
+
+
+@router.get("/readyz")
+@router.get("/ready", include_in_schema=False)
+async def ready(request: Request, services: ServicesDep) -> Response:
+    """New runs are welcome: started, not draining, the store writable, every graph served."""
+    return _checked(services.checks.ready(), request)
+
+
+@router.get("/startupz")
+async def started(request: Request, services: ServicesDep) -> Response:
+    """Graphs are compiled and the store is open."""
+    return _checked(services.checks.started(), request)
+
+
+@router.get("/metrics")
+async def metrics(request: Request, services: ServicesDep) -> Response:
+    """Prometheus text, or OpenMetrics when asked for; rendered in a thread."""
+    body, media_type = await services.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": media_type, **_NO_STORE})
+
+
+@router.get("/info")
+async def info(services: ServicesDep) -> dict[str, object]:
+    """Versions, graphs, and what this server was told."""
+    return dict(services.info)
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    """What a browser sees first."""
+    return PlainTextResponse(
+        "Sereno: durable, resumable LangGraph streams. The API is at /openapi.json\n"
+    )
+
+
+def _checked(results: list[dict[str, object]], request: Request) -> Response:
+    ok = all(result["status"] == "pass" for result in results)
+    body = {"status": "pass" if ok else "fail", "checks": results}
+    media_type = "application/json"
+    if "application/health+json" in request.headers.get("accept", ""):
+        media_type = "application/health+json"
+    return JSONResponse(body, 200 if ok else 503, headers=_NO_STORE, media_type=media_type)

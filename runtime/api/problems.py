@@ -1,0 +1,108 @@
+"""Errors on the wire: RFC 9457 problems, one row for each error of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from runtime.errors import (
+    Conflict,
+    CursorAhead,
+    InvalidRequest,
+    NotFound,
+    SerenoError,
+    Unavailable,
+)
+
+__all__ = ["install", "problem"]
+
+#: Error → status. The first row that fits counts.
+STATUSES: Sequence[tuple[type[SerenoError], int]] = (
+    (InvalidRequest, 422),
+    (NotFound, 404),
+    (Conflict, 409),
+    (CursorAhead, 400),
+    (Unavailable, 503),
+    (SerenoError, 500),
+)
+#: Attributes of an error that a client may use.
+MEMBERS = ("field", "run_id", "thread_id", "active_run", "node", "known", "last_seq", "after")
+
+_log = structlog.get_logger("api")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app with a problem."""
+    app.add_exception_handler(SerenoError, _ours)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    headers: dict[str, str] | None = None,
+    **members: Any,
+) -> JSONResponse:
+    """A problem document; members that are None are left out."""
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        **{name: value for name, value in members.items() if value is not None},
+    }
+    return JSONResponse(body, status, media_type="application/problem+json", headers=headers)
+
+
+async def _ours(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, SerenoError)
+    status = next(status for kind, status in STATUSES if isinstance(exc, kind))
+    headers = {"Retry-After": str(exc.retry_after)} if isinstance(exc, Unavailable) else None
+    members = {name: getattr(exc, name, None) for name in MEMBERS}
+    return problem(status, exc.code, str(exc), headers=headers, **members)
+
+
+async def _invalid(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    errors = [{"field": _field(error["loc"]), "message": error["msg"]} for error in exc.errors()]
+    first = errors[0]
+    detail = f"{first['field']}: {first['message']}"
+    # A body that cannot be read is malformed, a value that cannot be used is not.
+    if any(error["type"] == "json_invalid" for error in exc.errors()):
+        return problem(400, "invalid_json", "the body is not valid JSON", errors=errors)
+    in_path = all(error["loc"][0] == "query" for error in exc.errors())
+    return problem(
+        400 if in_path else 422,
+        "invalid_request",
+        detail,
+        field=first["field"],
+        errors=errors,
+    )
+
+
+async def _http(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    code = HTTPStatus(exc.status_code).phrase.lower().replace(" ", "_")
+    return problem(exc.status_code, code, str(exc.detail), headers=dict(exc.headers or {}))
+
+
+async def _unexpected(request: Request, exc: Exception) -> Response:
+    _log.error("Request failed", path=request.url.path, exc_info=exc)
+    return problem(500, "internal", "the request could not be answered; the server's log says why")
+
+
+def _field(loc: Sequence[Any]) -> str:
+    parts = [str(part) for part in loc if part not in ("body", "query", "path", "header")]
+    return ".".join(parts) or str(loc[0])

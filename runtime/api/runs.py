@@ -1,0 +1,254 @@
+"""Runs: start, look, follow, wait, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from runtime.api.dependencies import Services, ServicesDep
+from runtime.api.schemas import (
+    CancelRequest,
+    RunInfo,
+    RunRequest,
+    run_info,
+    terminal_data,
+    unix_seconds,
+)
+from runtime.api.stream import stream_of
+from runtime.api.submitting import submit_request
+from runtime.engines.base import follow
+from runtime.errors import InvalidRequest, NotFound
+from runtime.events import STORED_TYPES, TERMINAL_TYPES
+from runtime.model import Run, RunQuery, RunStatus
+from runtime.transports.ndjson import MEDIA_TYPE
+
+__all__ = ["answer_new_run", "read_cursor", "result_of", "router", "wait_for"]
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+#: The longest that a request may wait for a result, in seconds.
+WAIT_MAX = 60.0
+
+RunId = Annotated[str, Path(description="A run's id.")]
+
+
+@router.post("", status_code=202, response_model=RunInfo)
+async def start(
+    body: RunRequest,
+    request: Request,
+    services: ServicesDep,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Start a run. Answers 202 at once; streams with `Accept: application/x-ndjson`; waits for the
+    result with `Prefer: wait=30`."""
+    if idempotency_key is not None:
+        raise InvalidRequest("Idempotency-Key", "not supported yet; leave the header out")
+    run = await submit_request(services, body)
+    return await answer_new_run(services, run, request)
+
+
+async def answer_new_run(services: Services, run: Run, request: Request) -> Response:
+    """A new run as the client wants to see it: its stream, its result, or where it is."""
+    if MEDIA_TYPE in request.headers.get("accept", ""):
+        return stream_of(services, run)
+    if (seconds := _preferred_wait(request.headers.get("prefer"))) is not None:
+        return await result_of(services, run, seconds)
+    return _accepted(run_info(run).model_dump(), run)
+
+
+@router.get("")
+async def index(
+    services: ServicesDep,
+    status: RunStatus | None = None,
+    graph: str | None = None,
+    thread_id: str | None = None,
+    updated_after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: str | None = None,
+) -> dict[str, Any]:
+    """Runs, newest first, a page at a time."""
+    try:
+        since = unix_seconds(updated_after, "updated_after") if updated_after else None
+    except ValueError:
+        raise InvalidRequest("updated_after", "use RFC 3339 or unix seconds") from None
+    query = RunQuery(
+        status=status,
+        graph=graph,
+        thread_id=thread_id,
+        updated_after=since,
+        limit=limit,
+        cursor=_read_page(cursor),
+    )
+    runs = await services.engine.search(query)
+    more = len(runs) == limit
+    return {
+        "runs": [run_info(run).model_dump() for run in runs],
+        "next_cursor": _page_after(runs[-1]) if more else None,
+    }
+
+
+@router.get("/{run_id}", response_model=RunInfo)
+async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
+    """A run as it is now."""
+    run = await services.engine.get(run_id)
+    if run.terminal is not None:
+        lines = await services.engine.read(run_id, run.terminal - 1, 1)
+        result = dict(terminal_data(lines[0].body))
+        result.pop("output", None)
+        return run_info(run, result=result)
+    position = None
+    if run.status is RunStatus.PENDING:
+        waiting = await services.engine.search(RunQuery(status=RunStatus.PENDING, limit=1000))
+        position = sum(other.created_at < run.created_at for other in waiting)
+    return run_info(run, queue_position=position)
+
+
+@router.get("/{run_id}/stream")
+async def stream(
+    run_id: RunId,
+    services: ServicesDep,
+    after: Annotated[str | None, Query(description="A seq that was seen, or `latest`.")] = None,
+    types: Annotated[str | None, Query(description="A comma list of line types.")] = None,
+    follow: Annotated[bool, Query(description="0 ends when the reader has caught up.")] = True,
+    heartbeat: Annotated[float | None, Query(ge=0, le=3600)] = None,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """A run's lines from a cursor on: what is stored first, then what comes."""
+    run = await services.engine.get(run_id)
+    return stream_of(
+        services,
+        run,
+        after=read_cursor(after if after is not None else last_event_id, run),
+        types=_read_types(types),
+        following=follow,
+        heartbeat_s=heartbeat,
+    )
+
+
+@router.get("/{run_id}/data/{seq}/{member}")
+async def data(run_id: RunId, seq: int, member: str, services: ServicesDep) -> Response:
+    """A member that was too large for its line."""
+    await services.engine.get(run_id)
+    body = await services.engine.data(run_id, seq, member)
+    if body is None:
+        raise NotFound(f"line {seq} of run {run_id!r} has no large member {member!r}")
+    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return Response(body, media_type="application/json", headers=headers)
+
+
+@router.get("/{run_id}/wait")
+async def wait(
+    run_id: RunId,
+    services: ServicesDep,
+    timeout: Annotated[float, Query(ge=0)] = WAIT_MAX,
+) -> Response:
+    """The result: 200 for every outcome, 202 when there is none yet."""
+    run = await services.engine.get(run_id)
+    return await result_of(services, run, timeout)
+
+
+@router.post("/{run_id}/cancel", status_code=202)
+async def cancel(
+    run_id: RunId, services: ServicesDep, body: CancelRequest | None = None
+) -> Response:
+    """Ask a run to end. Idempotent: an ended run answers 200 with its outcome."""
+    reason = (body.reason if body else None) or "api"
+    run = await services.cancel(run_id, reason)
+    if run.terminal is not None:
+        return await result_of(services, run, 0)
+    return _accepted(run_info(run).model_dump(), run)
+
+
+async def result_of(services: Services, run: Run, seconds: float) -> Response:
+    """The terminal line's data plus the run's id, or 202 with where to ask again."""
+    data = await wait_for(services, run, min(seconds, WAIT_MAX))
+    if data is None:
+        return _accepted({"run_id": run.run_id, "status": run.status}, run)
+    body = orjson.dumps({"run_id": run.run_id, "thread_id": run.thread_id, **data})
+    headers = {"X-Run-Id": run.run_id, "Cache-Control": "no-store"}
+    return Response(body, media_type="application/json", headers=headers)
+
+
+async def wait_for(services: Services, run: Run, seconds: float) -> Mapping[str, Any] | None:
+    """The data of the run's terminal line; None when it does not come in time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds if run.terminal is None else None):
+            after = run.last_seq if run.terminal is None else run.terminal - 1
+            async with contextlib.aclosing(follow(services.engine, run.run_id, after)) as batches:
+                async for batch in batches:
+                    if batch and batch[-1].type in TERMINAL_TYPES:
+                        return terminal_data(batch[-1].body)
+                    if services.draining():
+                        return None
+    return None
+
+
+def read_cursor(value: str | None, run: Run) -> int:
+    """A cursor as it stands in a query or header; nothing is the beginning."""
+    if value is None:
+        return 0
+    if value == "latest":
+        return run.last_seq
+    if not re.fullmatch(r"\d{1,18}", value):
+        raise BadCursor(value)
+    return int(value)
+
+
+class BadCursor(InvalidRequest):
+    """`after` is neither a number nor `latest`."""
+
+    code = "invalid_cursor"
+
+    def __init__(self, value: str) -> None:
+        super().__init__("after", f"{value!r} is not a cursor; use a seq, 0 or 'latest'")
+
+
+def _read_types(types: str | None) -> frozenset[str] | None:
+    if types is None or not types.strip():
+        return None
+    chosen = frozenset(part.strip() for part in types.split(",") if part.strip())
+    if unknown := sorted(chosen - set(STORED_TYPES)):
+        raise InvalidRequest(
+            "types", f"{unknown[0]!r} is no line type; known: {', '.join(STORED_TYPES)}"
+        )
+    return chosen
+
+
+def _preferred_wait(prefer: str | None) -> float | None:
+    for part in (prefer or "").split(","):
+        name, _, value = part.strip().partition("=")
+        if name == "wait":
+            try:
+                return float(value or WAIT_MAX)
+            except ValueError:
+                raise InvalidRequest(
+                    "Prefer", f"wait={value!r} is not a number of seconds"
+                ) from None
+    return None
+
+
+def _accepted(body: Mapping[str, Any], run: Run) -> JSONResponse:
+    headers = {"Location": f"/v1/runs/{run.run_id}", "X-Run-Id": run.run_id}
+    return JSONResponse(body, 202, headers=headers)
+
+
+def _page_after(run: Run) -> str:
+    return base64.urlsafe_b64encode(f"{run.created_at!r}|{run.run_id}".encode()).decode()
+
+
+def _read_page(cursor: str | None) -> tuple[float, str] | None:
+    if cursor is None:
+        return None
+    try:
+        created, _, run_id = base64.urlsafe_b64decode(cursor).decode().partition("|")
+        return float(created), run_id
+    except (ValueError, binascii.Error):
+        raise InvalidRequest("cursor", "use next_cursor of the page before") from None

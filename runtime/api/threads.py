@@ -1,0 +1,67 @@
+"""Threads: their state, and the answer to a question that a run has asked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+
+from runtime.api.dependencies import ServicesDep
+from runtime.api.runs import answer_new_run
+from runtime.api.schemas import ResumeRequest, ThreadState
+from runtime.api.submitting import bound_resume, latest_run, state_of, submit_stored
+from runtime.errors import ThreadBusy
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/threads", tags=["threads"])
+
+ThreadId = Annotated[str, Path(description="A thread's id.")]
+
+
+@router.get("/{thread_id}/state", response_model=ThreadState)
+async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
+    """The thread's values after its latest checkpoint, what comes next, and what it waits for."""
+    run = await latest_run(services, thread_id)
+    snapshot = await state_of(services, services.graphs.get(run.graph), thread_id)
+    body: dict[str, Any] = {
+        "thread_id": thread_id,
+        "graph": run.graph,
+        "values": snapshot.values,
+        "next": list(snapshot.next),
+        "interrupts": [{"id": i.id, "value": i.value} for i in snapshot.interrupts],
+        "checkpoint_id": snapshot.config["configurable"].get("checkpoint_id"),
+        "created_at": snapshot.created_at,
+        "active_run": run.run_id if run.terminal is None else None,
+    }
+    return Response(services.ndjson.unstored(body), media_type="application/json")
+
+
+@router.post("/{thread_id}/resume", status_code=202)
+async def resume(
+    thread_id: ThreadId, body: ResumeRequest, request: Request, services: ServicesDep
+) -> Response:
+    """Answer an interrupt: a new run goes on where the thread stopped."""
+    before = await latest_run(services, thread_id)
+    if before.terminal is None:
+        raise ThreadBusy(thread_id, before.run_id)
+    graph = services.graphs.get(before.graph)
+    answer = bound_resume(await state_of(services, graph, thread_id), body.resume)
+    kept = ("config", "context", "durability", "metadata", "stream")
+    stored: dict[str, Any] = {name: before.request[name] for name in kept if name in before.request}
+    if body.stream is not None:
+        stored["stream"] = body.stream
+    if answer is None:  # a static breakpoint: there is nothing to answer
+        stored["input"] = None
+    else:
+        stored["command"] = {"resume": answer}
+    stored["resumes_digest"] = before.graph_digest
+    run = await submit_stored(
+        services,
+        graph,
+        stored,
+        thread_id=thread_id,
+        deadline_s=body.deadline_s,
+        trigger="resume",
+    )
+    return await answer_new_run(services, run, request)

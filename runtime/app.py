@@ -1,0 +1,316 @@
+"""The composition root: settings, graphs, engine, worker, app, each open as long as it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtime import engines
+from runtime.api import graphs as graphs_api
+from runtime.api import health, problems, runs, seed, threads
+from runtime.api.dependencies import Services
+from runtime.api.schemas import RunRequest, new_run_id
+from runtime.api.submitting import submit_request
+from runtime.engines.base import Engine, follow
+from runtime.engines.serde import StrictSerializer
+from runtime.errors import BadSetting, SeamBroken, StartupError
+from runtime.execution.runner import Outcome
+from runtime.execution.worker import Observer, Worker
+from runtime.graphs import Graphs
+from runtime.model import NewRun, Run
+from runtime.settings import Settings
+from runtime.transports.ndjson import Ndjson
+from runtime.transports.seed import SeedNdjson
+from telemetry import langgraph as langgraph_seam
+from telemetry import logs
+from telemetry import tenacity as tenacity_seam
+from telemetry.encoding import JsonEncoder
+from telemetry.health import Checks
+from telemetry.metrics import Metrics
+
+__all__ = ["create_app", "local_stream", "serve"]
+
+_log = structlog.get_logger("runtime")
+
+
+def create_app(
+    settings: Settings, sources: Sequence[str | Path], *, engine: Engine | None = None
+) -> FastAPI:
+    """The application; what it needs is opened by its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_services(settings, sources, engine=engine) as (services, worker):
+            app.state.services = services
+            app.state.worker = worker
+            app.state.loop = asyncio.get_running_loop()
+            yield
+
+    app = FastAPI(
+        title="Sereno",
+        version=version("sereno"),
+        summary="LangGraph graphs as durable, resumable NDJSON streams.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    for module in (runs, threads, graphs_api, seed, health):
+        app.include_router(module.router)
+    problems.install(app)
+    app.add_middleware(BodyLimit, limit=settings.body_max)
+    return app
+
+
+@asynccontextmanager
+async def open_services(
+    settings: Settings, sources: Sequence[str | Path], *, engine: Engine | None = None
+) -> AsyncIterator[tuple[Services, Worker]]:
+    """Open everything a server needs; one `async with` per resource, closed in reverse."""
+    if not settings.loopback and not settings.insecure:
+        raise BadSetting(
+            f"SERENO_HOST: {settings.host} is reachable by others and there are no API keys yet; "
+            "listen on 127.0.0.1, or say --insecure"
+        )
+    observe(settings)
+    encoder, metrics, checks = JsonEncoder(), Metrics(), Checks()
+    async with AsyncExitStack() as stack:
+        stack.callback(metrics.close)
+        graphs = await stack.enter_async_context(Graphs(sources, lenient=settings.lenient))
+        store = engine or engines.create(
+            settings.engine,
+            serde=StrictSerializer.allowing(settings.serde_allow),
+            wait_lock=settings.wait_lock,
+        )
+        await stack.enter_async_context(store)
+        worker = Worker(store, graphs, settings, encoder=encoder, observer=RunMetrics(metrics))
+        for name in graphs.names():
+            metrics.graph(name)
+        await stack.enter_async_context(worker)
+        _register_checks(checks, store, graphs, worker)
+        await checks.refresh()
+        checking = asyncio.create_task(checks.run_forever(), name="sereno-checks")
+        stack.callback(checking.cancel)
+        checks.start()
+        yield (
+            Services(
+                settings=settings,
+                engine=store,
+                graphs=graphs,
+                checks=checks,
+                metrics=metrics,
+                ndjson=Ndjson(encoder),
+                seed=SeedNdjson(encoder),
+                submit=worker.submit,
+                cancel=worker.cancel,
+                open_nodes=worker.open_nodes,
+                draining=lambda: worker.draining,
+                info=_info(settings, graphs, store),
+            ),
+            worker,
+        )
+
+
+def observe(settings: Settings) -> None:
+    """Install the seams. Raises SeamBroken."""
+    try:
+        langgraph_seam.install()
+        tenacity_seam.install(guard=settings.tenacity_guard)
+    except langgraph_seam.SeamMismatch as exc:
+        raise SeamBroken(str(exc)) from exc
+
+
+class RunMetrics(Observer):
+    """Counts what happens to runs."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def queued(self, run: NewRun, trigger: str) -> None:
+        self._metrics.runs_started.labels(run.graph, trigger).inc()
+
+    def claimed(self, run: Run) -> None:
+        self._metrics.runs_active.labels(run.graph).inc()
+
+    def released(self, run: Run) -> None:
+        self._metrics.runs_active.labels(run.graph).dec()
+
+    def ended(self, run: Run, outcome: Outcome) -> None:
+        if (status := outcome.data.get("status")) is not None:
+            self._metrics.runs_finished.labels(run.graph, status).inc()
+
+
+class BodyLimit:
+    """Refuses bodies above a size, whatever their headers say. Pure ASGI."""
+
+    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        too_large = problems.problem(
+            413, "body_too_large", f"the body is larger than {self._limit} bytes"
+        )
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._limit:
+            await too_large(scope, receive, send)
+            return
+        seen, answered = 0, False
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._limit:
+                raise _TooLarge
+            return message
+
+        async def watched(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, watched)
+        except _TooLarge:
+            if answered:
+                raise
+            await too_large(scope, receive, send)
+
+
+class _TooLarge(BaseException):
+    """Not an Exception: FastAPI would answer it with a 400."""
+
+
+def serve(settings: Settings, sources: Sequence[str | Path]) -> int:
+    """Serve until SIGTERM or SIGINT; a second one ends the process at once. The exit code."""
+    with logs.configure(level=settings.log_level):
+        app = create_app(settings, sources)
+        server = Server(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            ),
+            app,
+        )
+        try:
+            server.run()
+        except StartupError as exc:
+            # uvicorn tells of a failed lifespan by its exit code only.
+            _log.error("Cannot start", error=str(exc))
+            return 1
+        code = 0 if server.started else 1
+    worker = getattr(app.state, "worker", None)
+    if worker is not None and worker.abandoned:
+        os._exit(code)  # a sync node that cannot be stopped would keep the process
+    return code
+
+
+class Server(uvicorn.Server):
+    """Drains before it stops listening: readers keep their streams until runs are let go."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+        self._asked = False
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            _log.info("Serving", host=self.config.host, port=port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(128 + sig)
+        self._asked = True
+        worker: Worker | None = getattr(self._app.state, "worker", None)
+        if worker is None:
+            super().handle_exit(sig, frame)
+            return
+        loop = self._app.state.loop
+        loop.call_soon_threadsafe(lambda: loop.create_task(self._drain(worker)))
+
+    async def _drain(self, worker: Worker) -> None:
+        await worker.drain()
+        self.should_exit = True
+
+
+async def local_stream(
+    settings: Settings,
+    sources: Sequence[str | Path],
+    graph: str,
+    input: Any,
+    thread_id: str | None,
+    modes: Sequence[str] | None,
+) -> AsyncIterator[bytes]:
+    """Run a graph in this process without a server: its encoded lines, to the terminal one."""
+    settings = settings.model_copy(update={"engine": "memory://"})
+    async with open_services(settings, sources) as (services, _):
+        request = RunRequest.model_validate(
+            {
+                "graph": graph,
+                "input": input,
+                "thread_id": thread_id or new_run_id(),
+                "stream": list(modes) if modes is not None else None,
+            }
+        )
+        run = await submit_request(services, request)
+        async with contextlib.aclosing(follow(services.engine, run.run_id, 0)) as batches:
+            async for batch in batches:
+                for line in batch:
+                    yield line.body
+
+
+def _register_checks(checks: Checks, engine: Engine, graphs: Graphs, worker: Worker) -> None:
+    async def storage() -> str | None:
+        return None if await engine.writable() else "the run store cannot be written"
+
+    async def draining() -> str | None:
+        return "the server shuts down" if worker.draining else None
+
+    async def served() -> str | None:
+        missing = worker.missing_graphs
+        return (
+            f"runs wait for graphs that are not served: {', '.join(missing)}" if missing else None
+        )
+
+    checks.register("storage", storage)
+    checks.register("draining", draining)
+    checks.register("graphs", served)
+
+
+def _info(settings: Settings, graphs: Graphs, engine: Engine) -> dict[str, Any]:
+    return {
+        "name": "sereno",
+        "version": version("sereno"),
+        "contract": "1",
+        "python": platform.python_version(),
+        "langgraph": version("langgraph"),
+        "engine": settings.engine.partition(":")[0],
+        "log_id": engine.log_id,
+        "graphs": list(graphs.names()),
+        "slots": settings.slots,
+        "durability": settings.durability,
+        "insecure": not settings.loopback,
+    }

@@ -1,0 +1,659 @@
+"""The command line: `sereno serve`, and a client that starts runs on a server and watches them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+from urllib.parse import quote, urlsplit
+
+import httpx2
+import orjson
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from runtime.cli_view import Line, Plain, RunView, View, clean, graphs_table, runs_table
+from runtime.errors import SerenoError, StartupError
+from runtime.model import DEFAULT_MODES, MODES
+
+__all__ = ["Surroundings", "app", "main"]
+
+DEFAULT_URL = "http://127.0.0.1:8009"
+NDJSON = "application/x-ndjson"
+#: Seconds before each try to reconnect; a restart with its drain fits in.
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0)
+#: A connection that lasted this long was a good one: the count of tries begins anew.
+STEADY_S = 10.0
+#: Silence after which a connection is given up; heartbeats come every 10 s.
+SILENCE_S = 60.0
+#: Answers of a server or proxy that is about to be back.
+TRANSIENT = (429, 502, 503, 504)
+#: Most rows of one request for runs.
+PAGE = 100
+
+TROUBLE = 2
+CANCELLED = 130
+#: Exit codes by the status that a run ended with; 1 for every other.
+EXIT_CODES: Mapping[str, int] = {"success": 0, "interrupted": 3, "cancelled": CANCELLED}
+
+
+class Trouble(Exception):
+    """What stops a command, in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What commands touch outside of themselves; tests give their own as the context's object."""
+
+    transport: httpx2.BaseTransport | None = None
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.time
+    #: Where to draw; None asks whether stdout is a terminal.
+    console: Console | None = None
+
+    def screen(self, as_json: bool) -> Console | None:
+        """The terminal, unless the output is for a program."""
+        if as_json:
+            return None
+        return self.console or (Console() if sys.stdout.isatty() else None)
+
+    def view(self, as_json: bool) -> View:
+        """Where a run is shown."""
+        screen = self.screen(as_json)
+        return Plain() if screen is None else RunView(screen, self.clock)
+
+
+class _Commands(TyperGroup):
+    """Says what went wrong in one line and without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (Trouble, SerenoError) as exc:
+            _say(str(exc))
+            raise typer.Exit(1 if isinstance(exc, StartupError) else TROUBLE) from exc
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Serves LangGraph graphs as durable, resumable NDJSON streams, and watches their runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Url = Annotated[
+    str, typer.Option("--url", metavar="URL", envvar="SERENO_URL", help="Address of the server.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print NDJSON, on a terminal too.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run.")]
+Config = Annotated[
+    list[str] | None,
+    typer.Option("--config", metavar="PATH", help="Path of a langgraph.json; may be repeated."),
+]
+
+
+def main() -> None:
+    """The script `sereno`."""
+    app(prog_name="sereno")
+
+
+@app.command()
+def serve(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="[SOURCE]...", help="[name=]module:attr")
+    ] = None,
+    config: Config = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Where runs live: a URL.")] = None,
+    lenient: Annotated[bool, typer.Option("--lenient", help="Serve the graphs that load.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow a non-loopback address without API keys.")
+    ] = False,
+    wait_lock: Annotated[
+        bool, typer.Option("--wait-lock", help="Wait for the store's lock.")
+    ] = False,
+    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
+) -> None:
+    """Serve graphs. Every option can also be set as SERENO_<NAME>."""
+    # What only some commands need, and what takes long to import, is imported by them.
+    from runtime import settings
+
+    settled = settings.load(
+        host=host,
+        port=port,
+        engine=engine,
+        lenient=lenient or None,
+        insecure=insecure or None,
+        wait_lock=wait_lock or None,
+        log_level=log_level,
+    )
+    given = _sources(config, sources)
+    from runtime.app import serve as serve_until_stopped
+
+    raise typer.Exit(serve_until_stopped(settled, given))
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    graph: Annotated[str, typer.Argument(metavar="GRAPH", help="Name of the graph.")],
+    input: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON|@FILE|-",
+            help="Input: JSON, a file of it, or - for stdin. Without it, the graph's default "
+            "input, else {}. null goes on from the thread's state.",
+        ),
+    ] = None,
+    thread: Annotated[
+        str | None, typer.Option(metavar="ID", help="Thread to run on; a new one if none.")
+    ] = None,
+    stream: Annotated[
+        str | None, typer.Option(metavar="MODES", help=f"What to record, of {','.join(MODES)}.")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Seconds that the run may take.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run here, without a server.")] = False,
+    config: Config = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Start a run and watch it. Ctrl-C stops the watching, not the run.
+
+    Exit code: 0 success, 1 error or timeout, 2 no server or refused, 3 waits for an answer,
+    130 cancelled.
+    """
+    view = ctx.ensure_object(Surroundings).view(as_json)
+    modes = _modes(stream)
+    body: dict[str, Any] = {"graph": graph}
+    if input is not None:
+        body["input"] = _read_input(input)
+    if local:
+        if deadline is not None:
+            raise Trouble("--deadline: needs a server; leave it out or leave --local out")
+        _run_here(view, graph, body.get("input"), thread, modes, config)
+    if config is not None:
+        raise Trouble("--config: is for --local; the server at --url has its own graphs")
+    server = _Server.of(ctx, url)
+    if input is None:
+        body["input"] = _default_input(server, graph)
+    optional = {"thread_id": thread, "stream": modes, "deadline_s": deadline}
+    body |= {name: value for name, value in optional.items() if value is not None}
+    _watch(_Follower.of_new_run(server, body), view, graph)
+
+
+@app.command()
+def tail(
+    ctx: typer.Context,
+    run: RunId,
+    after: Annotated[
+        str, typer.Option(metavar="SEQ", help="Show what comes after this line, or `latest`.")
+    ] = "0",
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Watch a run from its first line or from a cursor on; exit codes as of `run`."""
+    if not after.isdecimal() and after != "latest":
+        raise Trouble(f"--after: {after!r} is neither a line's seq nor `latest`")
+    server = _Server.of(ctx, url)
+    _watch(_Follower.of_run(server, run, after), server.around.view(as_json))
+
+
+@app.command()
+def ps(
+    ctx: typer.Context,
+    status: Annotated[str | None, typer.Option(help="Only runs with this status.")] = None,
+    graph: Annotated[str | None, typer.Option(help="Only runs of this graph.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most runs to list.")] = 20,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """List runs, newest first."""
+    server = _Server.of(ctx, url)
+    asked = {"status": status, "graph": graph}
+    params = {name: value for name, value in asked.items() if value is not None}
+    runs: list[Mapping[str, Any]] = []
+    more: str | None = None
+    while len(runs) < limit:
+        page = {"limit": str(min(limit - len(runs), PAGE))} | ({"cursor": more} if more else {})
+        answer = server.get("/v1/runs", "runs", params | page)
+        runs += answer["runs"]
+        more = answer.get("next_cursor")
+        if more is None or not answer["runs"]:
+            break
+    if (screen := server.around.screen(as_json)) is None:
+        _print_json(*runs)
+    elif not runs:
+        screen.print("no runs", style="dim")
+    else:
+        screen.print(runs_table(runs, server.around.clock()))
+        if more is not None:
+            screen.print("there are more; --limit shows them", style="dim")
+
+
+@app.command()
+def cancel(
+    ctx: typer.Context,
+    run: RunId,
+    reason: Annotated[str | None, typer.Option(help="Why, for the run's last line.")] = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Ask a run to end."""
+    server = _Server.of(ctx, url)
+    body = {"reason": reason} if reason is not None else {}
+    status, answer = server.ask("POST", f"{_path(run)}/cancel", json=body)
+    if (screen := server.around.screen(as_json)) is None:
+        _print_json(answer)
+    elif status == httpx2.codes.ACCEPTED:
+        screen.print(Text(f"cancelling run {run}; its end: {server.command('tail', run)}"))
+    else:
+        screen.print(Text(f"run {run} had ended already: {clean(answer.get('status', '?'))}"))
+
+
+@app.command()
+def graphs(ctx: typer.Context, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """List the graphs that a server has."""
+    server = _Server.of(ctx, url)
+    answer = server.get("/v1/graphs", "graphs")
+    if (screen := server.around.screen(as_json)) is None:
+        _print_json(*answer["graphs"])
+    else:
+        screen.print(graphs_table(answer["graphs"]))
+
+
+# What is asked for.
+
+
+def _sources(config: Sequence[str] | None, sources: Sequence[str] | None) -> list[str]:
+    given = [*(config or ()), *(sources or ())]
+    if not given and not Path("langgraph.json").exists():
+        raise Trouble(
+            "no langgraph.json in this folder: name one with --config, or give a graph as "
+            "module:attr"
+        )
+    return given or ["langgraph.json"]
+
+
+def _modes(stream: str | None) -> list[str] | None:
+    if stream is None:
+        return None
+    modes = [mode.strip() for mode in stream.split(",") if mode.strip()]
+    for mode in modes:
+        if mode not in MODES:
+            raise Trouble(f"--stream: {mode!r} is not one of {', '.join(MODES)}")
+    return modes
+
+
+def _read_input(given: str) -> Any:
+    text: str | bytes = given
+    where = "--input"
+    try:
+        if given == "-":
+            where, text = "--input - (stdin)", sys.stdin.buffer.read()
+        elif given.startswith("@"):
+            where, text = f"--input {given}", Path(given[1:]).expanduser().read_bytes()
+        return json.loads(text, parse_constant=_no_constant)
+    except OSError as exc:
+        raise Trouble(f"{where}: {exc.strerror or exc}") from exc
+    except json.JSONDecodeError as exc:
+        place = f"line {exc.lineno} column {exc.colno}"
+        raise Trouble(f"{where}: not JSON at {place}: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise Trouble(f"{where}: not JSON: {exc}") from exc
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _default_input(server: _Server, graph: str) -> Any:
+    """What the server says that a run of this graph can start from."""
+    for known in server.get("/v1/graphs", "graphs")["graphs"]:
+        if known["name"] == graph and known.get("default_input") is not None:
+            return known["default_input"]
+    return {}
+
+
+# Watching a run.
+
+
+def _watch(follower: _Follower, view: View, graph: str = "GRAPH") -> NoReturn:
+    """Show a run to its end, and exit as it ended."""
+    final: Mapping[str, Any] = {}
+    try:
+        with view:
+            for line in follower.lines(view.note):
+                view.line(line)
+                final = line.data
+    except KeyboardInterrupt:
+        _say(follower.stopped())
+        raise typer.Exit(CANCELLED) from None
+    if follower.status is not None:  # nothing was left to show
+        _say(f"run {follower.run_id} ended with status {follower.status}; no line comes after that")
+        raise typer.Exit(EXIT_CODES.get(follower.status, 1))
+    if final["data"]["status"] == "interrupted":
+        _say(_how_to_answer(final, follower.server, graph))
+    raise typer.Exit(EXIT_CODES.get(final["data"]["status"], 1))
+
+
+def _run_here(
+    view: View,
+    graph: str,
+    input: Any,
+    thread: str | None,
+    modes: Sequence[str] | None,
+    config: Sequence[str] | None,
+) -> NoReturn:
+    """A run in this process, from nothing and to nothing."""
+    sources = _sources(config, None)
+    from runtime import settings
+
+    settled = settings.load(engine="memory://")
+    from runtime.app import local_stream
+
+    lines = local_stream(settled, sources, graph, input, thread, modes or DEFAULT_MODES)
+    try:
+        with view:
+            final = asyncio.run(_show_all(lines, view))
+    except KeyboardInterrupt:
+        _say("stopped; the run was in this process and is gone")
+        raise typer.Exit(CANCELLED) from None
+    if final["status"] == "interrupted":
+        _say("the run waits for an answer, which only a server can take: see `sereno serve`")
+    raise typer.Exit(EXIT_CODES.get(final["status"], 1))
+
+
+async def _show_all(lines: AsyncIterator[bytes], view: View) -> Mapping[str, Any]:
+    data: Mapping[str, Any] = {"status": "error"}
+    async for raw in lines:
+        line = Line(raw, orjson.loads(raw))
+        view.line(line)
+        data = line.data.get("data", {})
+    return data
+
+
+def _how_to_answer(line: Mapping[str, Any], server: _Server, graph: str) -> str:
+    thread = line["thread_id"]
+    ids = [interrupt["id"] for interrupt in line["data"].get("interrupts") or ()]
+    if not ids:  # a breakpoint: there is no question
+        command = server.command("run", graph, "--thread", thread, "--input", "null")
+        return f"the run stopped at a breakpoint; let it go on: {command}"
+    answer: Any = "…" if len(ids) == 1 else dict.fromkeys(ids, "…")
+    url = f"{server.url}/v1/threads/{quote(thread, safe='')}/resume"
+    curl = ["curl", "-X", "POST", url, "-H", "Content-Type: application/json"]
+    curl += ["-d", json.dumps({"resume": answer}, ensure_ascii=False)]
+    return f"the run waits for {_answers(len(ids))}; give it: {shlex.join(curl)}"
+
+
+def _answers(count: int) -> str:
+    return "an answer" if count == 1 else f"{count} answers"
+
+
+class _Follower:
+    """A run's lines to its end, each exactly once, over as many connections as that takes."""
+
+    def __init__(
+        self,
+        server: _Server,
+        first: Callable[[], contextlib.AbstractContextManager[httpx2.Response]],
+        run_id: str | None,
+        cursor: int | None,
+    ) -> None:
+        self.server = server
+        self.run_id = run_id
+        #: seq of the last line that was seen; None before any is known.
+        self.cursor = cursor
+        #: How the run ended, when it had no more lines to give.
+        self.status: str | None = None
+        self._first = first
+        self._log_id: str | None = None
+        self._answered = False
+
+    @classmethod
+    def of_new_run(cls, server: _Server, body: Any) -> _Follower:
+        """Starts a run."""
+        return cls(server, lambda: server.stream("POST", "/v1/runs", json=body), None, cursor=0)
+
+    @classmethod
+    def of_run(cls, server: _Server, run: str, after: str) -> _Follower:
+        """Reads a run that there is already."""
+        return cls(
+            server,
+            lambda: server.stream("GET", f"{_path(run)}/stream", params={"after": after}),
+            run,
+            cursor=int(after) if after != "latest" else None,
+        )
+
+    def lines(self, note: Callable[[str], None]) -> Iterator[Line]:
+        """All lines up to the terminal one. Raises Trouble when the server stays away."""
+        tries = 0
+        opened: float | None = None
+        while True:
+            try:
+                with self._open() as response:
+                    opened = self.server.around.clock()
+                    for line in self._read(response):
+                        if "seq" in line.data:
+                            tries = 0
+                        yield line
+                        if (line.data.get("data") or {}).get("final"):
+                            return
+                    if response.status_code == httpx2.codes.NO_CONTENT:
+                        self.status = response.headers.get("X-Run-Status", "success")
+                        return
+                cut = "the connection ended"
+            except (httpx2.TransportError, _Away) as exc:
+                if not self._answered:
+                    raise self._never_answered(exc) from exc
+                cut = f"the connection was cut ({_reason(exc)})"
+            if opened is not None and self.server.around.clock() - opened >= STEADY_S:
+                tries = 0
+            opened = None
+            if self.run_id is None:
+                raise Trouble(f"{cut} before the run had an id; look for it: `sereno ps`")
+            if tries == len(BACKOFF_S):
+                raise Trouble(f"{cut}, and {self.server.url} did not come back; {self._later()}")
+            pause = BACKOFF_S[tries]
+            tries += 1
+            note(
+                f"{cut} after line {self.cursor or 0}; reconnecting in {pause:g} s "
+                f"({tries}/{len(BACKOFF_S)})"
+            )
+            self.server.around.sleep(pause)
+
+    def stopped(self) -> str:
+        """What to say to who stops watching."""
+        if self.run_id is None:
+            return "stopped before the server answered; the run may have started: see `sereno ps`"
+        return (
+            f"stopped watching; {self._later()}; "
+            f"end it: {self.server.command('cancel', self.run_id)}"
+        )
+
+    def _later(self) -> str:
+        assert self.run_id is not None
+        command = self.server.command("tail", self.run_id, "--after", str(self.cursor or 0))
+        return f"run {self.run_id} goes on without you; watch it: {command}"
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[httpx2.Response]:
+        """The first connection, or one more from the cursor on."""
+        if not self._answered:
+            opening = self._first()
+        else:
+            assert self.run_id is not None
+            headers = {"X-Log-Id": self._log_id} if self._log_id else {}
+            after = {"after": str(self.cursor) if self.cursor is not None else "latest"}
+            opening = self.server.stream(
+                "GET", f"{_path(self.run_id)}/stream", params=after, headers=headers
+            )
+        with opening as response:
+            if self._answered and response.status_code in TRANSIENT:
+                raise _Away(f"HTTP {response.status_code}")
+            if response.is_error:
+                response.read()
+                raise Trouble(self.server.problem(response))
+            if response.status_code != httpx2.codes.NO_CONTENT and not response.headers.get(
+                "Content-Type", ""
+            ).startswith(NDJSON):
+                raise Trouble(f"{self.server.url} did not answer with a stream: is it Sereno?")
+            self._answered = True
+            self.run_id = response.headers.get("X-Run-Id", self.run_id)
+            self._log_id = response.headers.get("X-Log-Id", self._log_id)
+            yield response
+
+    def _read(self, response: httpx2.Response) -> Iterator[Line]:
+        """The whole lines of one connection that were not seen before."""
+        rest = b""
+        for chunk in response.iter_raw():
+            # A half line at the end of a connection comes again, whole, on the next one.
+            *whole, rest = (rest + chunk).split(b"\n")
+            for raw in whole:
+                try:
+                    data = orjson.loads(raw)
+                    self.run_id = data["run_id"]
+                except (orjson.JSONDecodeError, KeyError, TypeError) as exc:
+                    raise _Away("a line was damaged") from exc
+                seq = data.get("seq")
+                if seq is None:
+                    self.cursor = data.get("after", 0) if self.cursor is None else self.cursor
+                elif self.cursor is None or seq == self.cursor + 1:
+                    self.cursor = seq
+                elif seq <= self.cursor:
+                    continue
+                else:
+                    raise _Away(f"line {seq} came next")
+                yield Line(raw, data)
+
+    def _never_answered(self, exc: Exception) -> Trouble:
+        if self.run_id is None and not isinstance(exc, httpx2.ConnectError | httpx2.ConnectTimeout):
+            return Trouble(
+                f"{self.server.url} did not answer ({_reason(exc)}); "
+                f"the run may have started: {self.server.command('ps')}"
+            )
+        return self.server.unreachable(exc)
+
+
+class _Away(Exception):
+    """The server is there but cannot go on with the stream now; it may soon."""
+
+
+class _Server:
+    """A Sereno server by its URL."""
+
+    def __init__(self, url: str, around: Surroundings) -> None:
+        self.url = url.rstrip("/")
+        self.around = around
+        try:
+            parts = urlsplit(self.url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("it begins with http:// or https:// and a host")
+            self._client = httpx2.Client(
+                base_url=self.url,
+                transport=around.transport,
+                timeout=httpx2.Timeout(10.0, read=SILENCE_S),
+                # Lines are taken as they are on the wire.
+                headers={"Accept-Encoding": "identity", "User-Agent": "sereno"},
+                # A proxy does not know what is on this machine.
+                trust_env=parts.hostname not in ("127.0.0.1", "::1", "localhost"),
+            )
+        except (ValueError, httpx2.InvalidURL) as exc:
+            raise Trouble(f"--url: {url!r} is not a server's address: {exc}") from exc
+
+    @classmethod
+    def of(cls, ctx: typer.Context, url: str) -> _Server:
+        """The server that a command speaks to until it ends."""
+        server = cls(url, ctx.ensure_object(Surroundings))
+        ctx.call_on_close(server._client.close)
+        return server
+
+    def get(self, path: str, member: str, params: Mapping[str, str] | None = None) -> Any:
+        """A JSON object that has this member."""
+        _, answer = self.ask("GET", path, params=params)
+        if not isinstance(answer, dict) or member not in answer:
+            raise Trouble(f"{self.url} did not answer with {member}: is it Sereno?")
+        return answer
+
+    def ask(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
+        """Status and JSON of an answer. Raises Trouble for everything but success."""
+        try:
+            response = self._client.request(method, path, **more)
+        except httpx2.TransportError as exc:
+            raise self.unreachable(exc) from exc
+        if response.is_error:
+            raise Trouble(self.problem(response))
+        try:
+            return response.status_code, orjson.loads(response.content)
+        except orjson.JSONDecodeError as exc:
+            raise Trouble(f"{self.url} did not answer with JSON: is it Sereno?") from exc
+
+    def stream(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **more: Any
+    ) -> contextlib.AbstractContextManager[httpx2.Response]:
+        """An open answer, whatever its status."""
+        return self._client.stream(
+            method, path, headers={"Accept": NDJSON, **(headers or {})}, **more
+        )
+
+    def unreachable(self, exc: Exception) -> Trouble:
+        """What it means that a request was not answered."""
+        if isinstance(exc, httpx2.ConnectError):
+            return Trouble(f"no server at {self.url}; start one with `sereno serve`")
+        return Trouble(f"{self.url} did not answer: {_reason(exc)}")
+
+    def command(self, *words: str) -> str:
+        """A command line for this server, to be copied."""
+        at = ["--url", self.url] if self.url != DEFAULT_URL else []
+        return f"`{shlex.join(['sereno', *words, *at])}`"
+
+    def problem(self, response: httpx2.Response) -> str:
+        """A problem document as one line, with what can be done about it."""
+        try:
+            said = orjson.loads(response.content)
+            code, detail = said["code"], said.get("detail") or said.get("title") or ""
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return f"HTTP {response.status_code} {response.reason_phrase} from {response.url}"
+        text = f"{code}: {detail}"
+        if code == "cursor_ahead" and "last_seq" in said:
+            text += f"; --after {said['last_seq']} is the most"
+        elif code == "log_expired":
+            terminal = said.get("terminal")
+            status = (terminal.get("data") or terminal).get("status") if terminal else None
+            text += f"; its lines are gone{f', it ended with status {status}' if status else ''}"
+        elif code == "thread_busy" and said.get("active_run"):
+            text += f"; {self.command('tail', said['active_run'])} shows it"
+        elif wait := response.headers.get("Retry-After"):
+            text += f"; try again in {wait} s"
+        return " ".join(text.split())
+
+
+def _path(run: str) -> str:
+    return f"/v1/runs/{quote(run, safe='')}"
+
+
+def _print_json(*rows: Any) -> None:
+    for row in rows:
+        sys.stdout.buffer.write(orjson.dumps(row) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _say(text: str) -> None:
+    typer.echo(f"sereno: {clean(text)}", err=True)
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,1046 @@
+"""What each command asks of a server, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+import types
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from runtime.cli import BACKOFF_S, Surroundings, app
+from runtime.cli_view import Line, RunView, compact
+from runtime.errors import GraphLoadFailed, UnknownGraph
+
+RUN, THREAD = "01RUN", "t-1"
+NOW = 1_800_000_000.0
+TS = "2027-01-15T08:00:00.000Z"
+URL = "http://127.0.0.1:8009"
+
+Answer = httpx2.Response | Exception
+
+
+# A server that says what it is told to.
+
+
+class Body(httpx2.SyncByteStream):
+    """Chunks, then an end, a cut, or a Ctrl-C."""
+
+    def __init__(self, chunks: Iterable[bytes], end: BaseException | None = None) -> None:
+        self._chunks = chunks
+        self._end = end
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._chunks
+        if self._end is not None:
+            raise self._end
+
+
+class Server:
+    """Answers requests in order; the last answer is for all that follow."""
+
+    def __init__(self, *answers: Answer | Callable[[httpx2.Request], Answer]) -> None:
+        self._answers = list(answers)
+        self.requests: list[httpx2.Request] = []
+        self.slept: list[float] = []
+        self.clock = itertools.repeat(NOW).__next__
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if not isinstance(answer, httpx2.Response | Exception):
+            answer = answer(request)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @property
+    def paths(self) -> list[str]:
+        return [str(request.url).removeprefix(URL) for request in self.requests]
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.requests[-1].content)
+
+    def around(self, console: Console | None = None) -> Surroundings:
+        return Surroundings(
+            transport=httpx2.MockTransport(self),
+            sleep=self.slept.append,
+            clock=self.clock,
+            console=console,
+        )
+
+
+class Result:
+    def __init__(self, code: int, stdout: bytes, stderr: str) -> None:
+        self.code, self.stdout, self.stderr = code, stdout, stderr
+
+
+def sereno(
+    server: Server, *args: str, input: bytes | None = None, console: Console | None = None
+) -> Result:
+    result = CliRunner(env={"SERENO_URL": None}).invoke(
+        app, args, input=input, obj=server.around(console)
+    )
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout_bytes, result.stderr)
+
+
+def terminal() -> tuple[Console, Callable[[], str]]:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, width=80, height=30)
+    return console, lambda: out.getvalue()
+
+
+def line(seq: int, type: str, data: dict[str, Any] | None = None, **where: Any) -> bytes:
+    said = {"v": 1, "seq": seq, "ts": TS, "type": type, "run_id": RUN, "thread_id": THREAD}
+    return json.dumps(said | {"epoch": 1} | where | {"data": data or {}}).encode()
+
+
+def node(seq: int, type: str, data: dict[str, Any] | None = None, **where: Any) -> bytes:
+    base = {"node": "score", "ns": [], "path": [], "task": "k1", "attempt": 1, "step": 1}
+    return line(seq, type, data, **(base | where))
+
+
+def bookmark(type: str, after: int) -> bytes:
+    said = {"v": 1, "ts": TS, "type": type, "run_id": RUN, "thread_id": THREAD, "epoch": 1}
+    return json.dumps(said | {"after": after, "data": {}}).encode()
+
+
+def end(seq: int, type: str = "run.completed", status: str = "success", **data: Any) -> bytes:
+    numbers = {"duration_ms": 1900.0, "nodes": 1, "attempts": 2, "retries": 1}
+    return line(seq, type, {"final": True, "status": status} | numbers | data)
+
+
+def told(lines: Sequence[bytes]) -> bytes:
+    return b"".join(one + b"\n" for one in lines)
+
+
+def stream(
+    lines: Sequence[bytes], cut: BaseException | None = None, half: bytes = b"", **headers: str
+) -> httpx2.Response:
+    return httpx2.Response(
+        200,
+        headers={
+            "Content-Type": "application/x-ndjson; charset=utf-8",
+            "X-Run-Id": RUN,
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        },
+        stream=Body([told(lines) + half], cut),
+    )
+
+
+def problem(status: int, code: str, detail: str, **more: Any) -> httpx2.Response:
+    body = {"status": status, "code": code, "detail": detail} | more
+    return httpx2.Response(
+        status, json=body, headers={"Content-Type": "application/problem+json", "Retry-After": "5"}
+    )
+
+
+LINES = [
+    line(1, "run.queued", epoch=0),
+    line(2, "run.started"),
+    node(3, "node.started"),
+    node(
+        4,
+        "node.retrying",
+        {"error_class": "transport", "retry_in_ms": 1500, "max_attempts": 3, "discard_from": 3},
+    ),
+    node(5, "node.started", attempt=2),
+    node(6, "custom", {"value": {"text": "ñ \u2028 \x1b[2J"}}, attempt=2),
+    node(7, "node.completed", {"update": {}, "attempts": 2, "duration_ms": 812.4}, attempt=2),
+    end(8, output={"score": 7}),
+]
+
+
+# run
+
+
+def test_a_pipe_gets_the_bytes_of_the_server() -> None:
+    server = Server(stream(LINES))
+
+    result = sereno(server, "run", "agent", "--input", '{"x": 1}', "--thread", "t-1")
+
+    assert result.code == 0
+    assert result.stdout == told(LINES)
+    assert result.stderr == ""
+    assert server.body == {"graph": "agent", "input": {"x": 1}, "thread_id": "t-1"}
+    assert server.requests[0].headers["Accept"] == "application/x-ndjson"
+    assert server.requests[0].headers["Accept-Encoding"] == "identity"
+
+
+def test_lines_may_be_split_anywhere() -> None:
+    text = told(LINES)
+    chunks = [text[i : i + 7] for i in range(0, len(text), 7)]
+    answer = stream([])
+    answer.stream = Body(chunks)
+
+    result = sereno(Server(answer), "run", "agent", "--input", "{}")
+
+    assert result.stdout == text
+
+
+@pytest.mark.parametrize("k", range(len(LINES)))
+@pytest.mark.parametrize(
+    ("cut", "half"),
+    [
+        pytest.param(httpx2.ReadError("reset"), b"", id="cut"),
+        pytest.param(httpx2.RemoteProtocolError("incomplete"), b'{"v":1,"se', id="half-line"),
+        pytest.param(None, b"", id="eof"),
+    ],
+)
+def test_a_cut_stream_is_resumed_by_its_cursor(k: int, cut: Exception | None, half: bytes) -> None:
+    server = Server(stream(LINES[:k], cut, half, X_Log_Id="log-1"), stream(LINES[k:]))
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.code == 0
+    assert result.stdout == told(LINES)
+    assert server.paths == ["/v1/runs", f"/v1/runs/{RUN}/stream?after={k}"]
+    assert server.requests[1].headers["X-Log-Id"] == "log-1"
+    assert f"after line {k}; reconnecting in 0.2 s (1/{len(BACKOFF_S)})" in result.stderr
+
+
+def test_lines_that_come_twice_are_shown_once() -> None:
+    server = Server(stream(LINES[:5], httpx2.ReadError("")), stream(LINES[2:]))
+
+    assert sereno(server, "run", "agent", "--input", "{}").stdout == told(LINES)
+
+
+def test_lines_that_are_missing_are_asked_for() -> None:
+    server = Server(stream([*LINES[:3], *LINES[5:]]), stream(LINES[3:]))
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.stdout == told(LINES)
+    assert server.paths[1].endswith("?after=3")
+    assert "line 6 came next" in result.stderr
+
+
+def test_a_server_that_restarts_is_waited_for() -> None:
+    server = Server(
+        stream(LINES[:4], httpx2.ReadError("")),
+        httpx2.ConnectError("refused"),
+        problem(503, "draining", "the server is shutting down"),
+        stream(LINES[4:]),
+    )
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.stdout == told(LINES)
+    assert server.slept == [0.2, 0.5, 1.0]
+
+
+def test_a_server_that_stays_away_is_given_up() -> None:
+    server = Server(stream(LINES[:4], httpx2.ReadError("")), httpx2.ConnectError("refused"))
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.code == 2
+    assert server.slept == list(BACKOFF_S)
+    assert f"watch it: `sereno tail {RUN} --after 4`" in result.stderr
+
+
+def test_bookmarks_alone_do_not_keep_a_dying_server_watched() -> None:
+    """A server that drains greets every reader and closes."""
+    server = Server(stream(LINES[:4]), lambda _: stream([bookmark("caught_up", 4)]))
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.code == 2
+    assert server.slept == list(BACKOFF_S)
+
+
+def test_a_connection_that_lasted_begins_the_count_of_tries_anew() -> None:
+    """Nodes may be silent for hours while the server closes streams every few minutes."""
+    beats = [stream([bookmark("heartbeat", 4)]) for _ in range(30)]
+    server = Server(stream(LINES[:4]), *beats, stream(LINES[4:]))
+    server.clock = itertools.count(NOW, 60).__next__
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.code == 0
+    assert set(server.slept) == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("type", "status", "code"),
+    [
+        ("run.completed", "success", 0),
+        ("run.failed", "error", 1),
+        ("run.timed_out", "timeout", 1),
+        ("run.interrupted", "interrupted", 3),
+        ("run.cancelled", "cancelled", 130),
+    ],
+)
+@pytest.mark.parametrize("command", [("run", "agent", "--input", "{}"), ("tail", RUN)])
+def test_the_exit_code_tells_how_the_run_ended(
+    command: tuple[str, ...], type: str, status: str, code: int
+) -> None:
+    server = Server(stream([LINES[0], end(2, type, status)]))
+
+    assert sereno(server, *command).code == code
+
+
+@pytest.mark.parametrize(
+    ("interrupts", "how"),
+    [
+        pytest.param(
+            [{"id": "i1", "value": "ok?"}],
+            f"curl -X POST {URL}/v1/threads/t-1/resume -H 'Content-Type: application/json' "
+            """-d '{"resume": "…"}'""",
+            id="one",
+        ),
+        pytest.param(
+            [{"id": "i1", "value": 1}, {"id": "i2", "value": 2}],
+            """-d '{"resume": {"i1": "…", "i2": "…"}}'""",
+            id="two",
+        ),
+        pytest.param([], "`sereno run agent --thread t-1 --input null`", id="breakpoint"),
+    ],
+)
+def test_an_interrupted_run_says_how_to_answer(interrupts: list[Any], how: str) -> None:
+    last = end(2, "run.interrupted", "interrupted", interrupts=interrupts, next=["ask"])
+
+    result = sereno(Server(stream([LINES[0], last])), "run", "agent", "--input", "{}")
+
+    assert result.code == 3
+    assert how in result.stderr
+
+
+def test_ctrl_c_stops_the_watching_and_says_how_to_go_on() -> None:
+    server = Server(stream(LINES[:3], KeyboardInterrupt()))
+
+    result = sereno(server, "run", "agent", "--input", "{}", "--url", "http://host:1/")
+
+    assert result.code == 130
+    assert result.stdout == told(LINES[:3])
+    assert f"run {RUN} goes on" in result.stderr
+    assert f"sereno tail {RUN} --after 3 --url http://host:1`" in result.stderr
+    assert f"sereno cancel {RUN} --url http://host:1`" in result.stderr
+
+
+def test_ctrl_c_before_the_answer_cannot_name_the_run() -> None:
+    def interrupt(request: httpx2.Request) -> httpx2.Response:
+        raise KeyboardInterrupt
+
+    result = sereno(Server(interrupt), "run", "agent", "--input", "{}")
+
+    assert result.code == 130
+    assert "may have started: see `sereno ps`" in result.stderr
+
+
+def test_a_run_is_not_started_twice_when_the_answer_is_lost() -> None:
+    server = Server(httpx2.ReadError("reset"))
+
+    result = sereno(server, "run", "agent", "--input", "{}")
+
+    assert result.code == 2
+    assert len(server.requests) == 1
+    assert "the run may have started: `sereno ps`" in result.stderr
+
+
+def test_options_go_into_the_request() -> None:
+    server = Server(stream(LINES))
+
+    sereno(server, "run", "a", "--input", "null", "--deadline", "2.5", "--stream", "values,custom")
+
+    assert server.body == {
+        "graph": "a",
+        "input": None,
+        "deadline_s": 2.5,
+        "stream": ["values", "custom"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("default", "sent"),
+    [pytest.param({"q": "hi"}, {"q": "hi"}, id="default"), pytest.param(None, {}, id="none")],
+)
+def test_without_input_a_run_starts_from_the_default_of_its_graph(default: Any, sent: Any) -> None:
+    known = {"graphs": [{"name": "agent", "nodes": [], "default_input": default}]}
+    server = Server(httpx2.Response(200, json=known), stream(LINES))
+
+    assert sereno(server, "run", "agent").code == 0
+    assert server.paths == ["/v1/graphs", "/v1/runs"]
+    assert server.body["input"] == sent
+
+
+def test_input_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "input.json"
+    file.write_bytes(b'\xef\xbb\xbf{"x": "\xc3\xb1"}')
+    server = Server(stream(LINES))
+
+    sereno(server, "run", "agent", "--input", f"@{file}")
+
+    assert server.body["input"] == {"x": "ñ"}
+
+
+def test_input_comes_from_stdin() -> None:
+    server = Server(stream(LINES))
+
+    sereno(server, "run", "agent", "--input", "-", input=b'{"x": 12345678901234567890123}')
+
+    assert server.body["input"] == {"x": 12345678901234567890123}
+
+
+@pytest.mark.parametrize(
+    ("given", "stdin", "says"),
+    [
+        pytest.param('{"x": }', b"", "--input: not JSON at line 1 column 7: Exp", id="json"),
+        pytest.param("-", b'{\n"a" 1}', "--input - (stdin): not JSON at line 2 column 5", id="in"),
+        pytest.param("-", b"\xff", "--input - (stdin): not JSON: 'utf-8' codec", id="not-utf-8"),
+        pytest.param("@no.json", b"", "--input @no.json: No such file or directory", id="no-file"),
+        pytest.param("[NaN]", b"", "--input: not JSON: NaN is not a number", id="nan"),
+        pytest.param("[" * 100_000, b"", "--input: not JSON", id="deep"),
+    ],
+)
+def test_bad_input_is_named_with_its_place(given: str, stdin: bytes, says: str) -> None:
+    server = Server(stream(LINES))
+
+    result = sereno(server, "run", "agent", "--input", given, input=stdin)
+
+    assert result.code == 2
+    assert result.stderr.startswith(f"sereno: {says}")
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("run", "a", "--stream", "updates,nope"), "--stream: 'nope' is not one of updates"),
+        (("run", "a", "--local", "--deadline", "1"), "--deadline: needs a server"),
+        (("run", "a", "--config", "x.json"), "--config: is for --local"),
+        (("tail", RUN, "--after", "x"), "--after: 'x' is neither"),
+        (("ps", "--url", "localhost:8009"), "--url: 'localhost:8009' is not a server's address"),
+        (("ps", "--url", "http://[::1"), "--url: 'http://[::1' is not a server's address"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(args: tuple[str, ...], says: str) -> None:
+    server = Server(stream(LINES))
+
+    result = sereno(server, *args)
+
+    assert result.code == 2
+    assert result.stderr.startswith(f"sereno: {says}")
+    assert server.requests == []
+
+
+# tail
+
+
+def test_tail_reads_from_a_cursor_on() -> None:
+    server = Server(stream(LINES[5:]))
+
+    result = sereno(server, "tail", RUN, "--after", "5")
+
+    assert result.code == 0
+    assert result.stdout == told(LINES[5:])
+    assert server.paths == [f"/v1/runs/{RUN}/stream?after=5"]
+
+
+def test_tail_from_the_latest_line_learns_its_cursor() -> None:
+    first = [bookmark("caught_up", 5)]
+    server = Server(stream(first, httpx2.ReadError("")), stream(LINES[5:]))
+
+    result = sereno(server, "tail", RUN, "--after", "latest")
+
+    assert result.stdout == told([*first, *LINES[5:]])
+    assert [path.partition("?")[2] for path in server.paths] == ["after=latest", "after=5"]
+
+
+@pytest.mark.parametrize(("status", "code"), [("success", 0), ("error", 1), ("interrupted", 3)])
+def test_tail_at_the_end_says_so_and_exits_as_the_run_did(status: str, code: int) -> None:
+    server = Server(httpx2.Response(204, headers={"X-Run-Status": status, "X-Run-Id": RUN}))
+
+    result = sereno(server, "tail", RUN, "--after", "8")
+
+    assert result.code == code
+    assert result.stdout == b""
+    assert f"run {RUN} ended with status {status}; no line comes after" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        pytest.param(
+            problem(404, "run_not_found", "run 'x' not found"),
+            "run_not_found: run 'x' not found; try",
+            id="404",
+        ),
+        pytest.param(
+            problem(400, "cursor_ahead", "after=9 is ahead of the log", last_seq=8),
+            "cursor_ahead: after=9 is ahead of the log; --after 8 is the most\n",
+            id="cursor-ahead",
+        ),
+        pytest.param(
+            problem(410, "log_expired", "expired", terminal={"data": {"status": "error"}}),
+            "log_expired: expired; its lines are gone, it ended with status error\n",
+            id="410",
+        ),
+        pytest.param(
+            problem(409, "thread_busy", "busy", active_run="01B"),
+            "thread_busy: busy; `sereno tail 01B` shows it\n",
+            id="409",
+        ),
+        pytest.param(
+            problem(503, "queue_full", "10 runs\nare waiting\x1b[0m"),
+            "queue_full: 10 runs are waiting[0m; try again in 5 s\n",
+            id="503",
+        ),
+        pytest.param(
+            httpx2.Response(502, html="<h1>Bad</h1>"),
+            f"HTTP 502 Bad Gateway from {URL}/v1/runs/{RUN}/stream?after=0\n",
+            id="proxy",
+        ),
+        pytest.param(
+            httpx2.Response(200, html="<h1>Hi</h1>"),
+            f"{URL} did not answer with a stream: is it Sereno?\n",
+            id="something-else",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line(answer: httpx2.Response, says: str) -> None:
+    result = sereno(Server(answer), "tail", RUN)
+
+    assert result.code == 2
+    assert result.stdout == b""
+    assert result.stderr.startswith(f"sereno: {says}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_refusal_after_a_cut_ends_the_watching() -> None:
+    gone = problem(404, "run_not_found", "run '01RUN' not found")
+
+    result = sereno(Server(stream(LINES[:2]), gone), "tail", RUN)
+
+    assert result.code == 2
+    assert result.stdout == told(LINES[:2])
+    assert "run_not_found" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("run", "a"), ("run", "a", "--input", "{}"), ("tail", RUN), ("ps",), ("graphs",)],
+)
+def test_without_a_server_it_says_how_to_start_one(args: tuple[str, ...]) -> None:
+    result = sereno(Server(httpx2.ConnectError("[Errno 111] Connection refused")), *args)
+
+    assert result.code == 2
+    assert result.stderr == f"sereno: no server at {URL}; start one with `sereno serve`\n"
+
+
+def test_the_url_comes_from_the_environment() -> None:
+    server = Server(httpx2.Response(200, json={"graphs": []}))
+
+    CliRunner(env={"SERENO_URL": "https://sereno.example/base/"}).invoke(
+        app, ["graphs"], obj=server.around()
+    )
+
+    assert server.paths == ["https://sereno.example/base/v1/graphs"]
+
+
+# ps, cancel, graphs
+
+
+def run_row(number: int, **more: Any) -> dict[str, Any]:
+    return {
+        "run_id": f"01RUN{number}",
+        "thread_id": THREAD,
+        "graph": "agent",
+        "status": "running",
+        "epoch": 1,
+        "created_at": "2027-01-15T07:58:00.000Z",
+        "started_at": "2027-01-15T07:58:30.000Z",
+        "ended_at": None,
+        "last_seq": 7,
+    } | more
+
+
+def test_ps_lists_runs_over_pages_as_ndjson() -> None:
+    rows = [run_row(i) for i in range(130)]
+    server = Server(
+        httpx2.Response(200, json={"runs": rows[:100], "next_cursor": "c 1"}),
+        httpx2.Response(200, json={"runs": rows[100:], "next_cursor": None}),
+    )
+
+    result = sereno(server, "ps", "--limit", "150", "--status", "running", "--graph", "agent")
+
+    assert [json.loads(one) for one in result.stdout.splitlines()] == rows
+    assert server.paths == [
+        "/v1/runs?status=running&graph=agent&limit=100",
+        "/v1/runs?status=running&graph=agent&limit=50&cursor=c+1",
+    ]
+
+
+def test_ps_draws_a_table_on_a_terminal() -> None:
+    ended = run_row(2, status="success", ended_at="2027-01-15T07:58:31.900Z")
+    answer = {"runs": [run_row(1), ended], "next_cursor": "c"}
+    console, shown = terminal()
+
+    sereno(Server(httpx2.Response(200, json=answer)), "ps", "--limit", "2", console=console)
+
+    head, first, second, more = shown().splitlines()
+    assert head.split() == ["run", "graph", "thread", "status", "age", "took", "lines"]
+    assert first.split() == [*"01RUN1 agent t-1 ▶ running 2 m 00 s 1 m 30 s 7".split()]
+    assert second.split() == [*"01RUN2 agent t-1 ✓ success 2 m 00 s 1.9 s 7".split()]
+    assert "--limit" in more
+
+
+def test_ps_without_runs_says_so_on_a_terminal() -> None:
+    console, shown = terminal()
+
+    sereno(Server(httpx2.Response(200, json={"runs": []})), "ps", console=console)
+
+    assert shown() == "no runs\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (202, f"cancelling run {RUN}; its end: `sereno tail {RUN}`\n"),
+        (200, f"run {RUN} had ended already: success\n"),
+    ],
+)
+def test_cancel_asks_a_run_to_end(status: int, says: str) -> None:
+    answer = {"run_id": RUN, "status": "success"}
+    server = Server(lambda _: httpx2.Response(status, json=answer))
+    console, shown = terminal()
+
+    assert sereno(server, "cancel", RUN, "--reason", "no need", console=console).code == 0
+    assert server.paths == [f"/v1/runs/{RUN}/cancel"]
+    assert server.body == {"reason": "no need"}
+    assert shown() == says
+    assert json.loads(sereno(server, "cancel", RUN, "--json", console=console).stdout) == answer
+
+
+def test_an_id_cannot_lead_to_another_path() -> None:
+    server = Server(httpx2.Response(202, json={}))
+
+    sereno(server, "cancel", "a/../b?c")
+
+    assert server.paths == ["/v1/runs/a%2F..%2Fb%3Fc/cancel"]
+
+
+def test_graphs_are_listed() -> None:
+    known = [
+        {"name": "agent", "description": "Answers.", "nodes": ["a", "b"], "default_input": {"q": 1}}
+    ]
+    server = Server(lambda _: httpx2.Response(200, json={"graphs": known}))
+    console, shown = terminal()
+
+    assert [json.loads(sereno(server, "graphs").stdout)] == known
+    sereno(server, "graphs", console=console)
+    assert shown().splitlines()[1].split() == ["agent", "a,", "b", '{"q":', "1}", "Answers."]
+
+
+@pytest.mark.parametrize("args", [("ps",), ("graphs",), ("run", "a")])
+@pytest.mark.parametrize("answer", [{"json": []}, {"json": {}}, {"text": "hi"}], ids=str)
+def test_another_server_is_recognised(args: tuple[str, ...], answer: Any) -> None:
+    result = sereno(Server(httpx2.Response(200, **answer)), *args)
+
+    assert result.code == 2
+    assert "is it Sereno?" in result.stderr
+
+
+# On a terminal.
+
+
+def test_json_is_for_terminals_too() -> None:
+    console, shown = terminal()
+
+    result = sereno(Server(stream(LINES)), "tail", RUN, "--json", console=console)
+
+    assert result.stdout == told(LINES)
+    assert shown() == ""
+
+
+def view_of(*lines: bytes, now: float = NOW) -> tuple[RunView, str]:
+    """A view after some lines, not redrawing by itself, and what it has printed."""
+    out = io.StringIO()
+    view = RunView(Console(file=out, width=60, color_system=None), lambda: now)
+    for one in lines:
+        view.line(Line(one, json.loads(one)))
+    return view, out.getvalue()
+
+
+def below(view: RunView) -> list[str]:
+    """What is redrawn below what is printed."""
+    out = io.StringIO()
+    Console(file=out, width=60, color_system=None).print(view)
+    return [text.rstrip() for text in out.getvalue().splitlines()]
+
+
+def test_a_terminal_shows_nodes_retries_and_a_summary() -> None:
+    console, shown = terminal()
+
+    result = sereno(Server(stream(LINES)), "run", "agent", "--input", "{}", console=console)
+
+    assert result.code == 0
+    assert result.stdout == b""
+    for text in (
+        "▶ run 01RUN · thread t-1",
+        "↻ score  attempt 1 failed: transport; again in 1.5 s",
+        'score │ {"text": "ñ \u2028 \\u001b[2J"}',
+        "✓ score  812 ms · 2 attempts",
+        "✓ success after 1.9 s · 1 node · 2 attempts · 1 retry",
+        'output: {"score": 7}',
+    ):
+        assert text in shown()
+
+
+def test_a_cut_is_shown_on_a_terminal() -> None:
+    console, shown = terminal()
+    server = Server(stream(LINES[:4], httpx2.ReadError("reset")), stream(LINES[4:]))
+
+    sereno(server, "tail", RUN, console=console)
+
+    assert "! the connection was cut (reset) after line 4; reconnecting in 0.2 s" in shown()
+
+
+def test_a_waiting_retry_counts_down() -> None:
+    for now, says in [
+        (NOW + 0.25, "attempt 2 of 3 in 1.2 s"),
+        (NOW + 1.0, "attempt 2 of 3 in 0.5 s"),
+        (NOW + 2.0, "attempt 2 of 3 is due"),
+    ]:
+        view, _ = view_of(*LINES[:4], now=now)
+
+        assert below(view) == [f"↻ score  {says}"]
+
+
+def test_a_countdown_is_never_longer_than_the_back_off() -> None:
+    """The server's clock may be ahead of ours."""
+    view, _ = view_of(*LINES[:4], now=NOW - 3600)
+
+    assert below(view) == ["↻ score  attempt 2 of 3 in 1.5 s"]
+
+
+def test_an_open_node_shows_its_attempt_and_time() -> None:
+    view, _ = view_of(*LINES[:5], now=NOW + 2)
+
+    assert below(view) == ["⠋ score  2.0 s  attempt 2 of 3"]
+
+
+def test_a_call_that_retries_is_shown_in_its_node() -> None:
+    retrying = {"call": "ask", "attempt": 1, "error_class": "rate_limit", "retry_in_ms": 4000}
+    view, printed = view_of(*LINES[:3], node(4, "call.retrying", retrying), now=NOW + 1)
+
+    assert "↻ score · ask  attempt 1 failed: rate_limit; again in 4.0 s" in printed
+    assert below(view) == ["⠋ score  1.0 s  ↻ ask  attempt 2 in 3.0 s"]
+
+
+def test_tokens_are_shown_as_they_come_and_printed_by_whole_lines() -> None:
+    def token(seq: int, text: str) -> bytes:
+        return node(seq, "token", {"message_id": "m1", "text": text})
+
+    view, printed = view_of(*LINES[:3], token(4, "Hello "), token(5, "wor"))
+
+    assert "Hello" not in printed
+    assert below(view)[0] == "score │ Hello wor"
+
+    long = "ld\n" + "word " * 12
+    message = node(7, "message", {"message_id": "m1", "text": "all of it"})
+    view, printed = view_of(
+        *LINES[:3], token(4, "Hello "), token(5, "wor"), token(6, long), message
+    )
+
+    assert printed.splitlines()[1:] == [
+        "score │ Hello world",
+        "score │ " + " ".join(["word"] * 10),
+        "score │ word word ",
+    ]
+
+
+def test_a_message_without_tokens_is_printed_whole_with_its_tool_calls() -> None:
+    calls = [{"name": "search", "args": {"q": "x"}}]
+    data = {"message_id": "m1", "text": "Let me see.", "tool_calls": calls}
+
+    _, printed = view_of(*LINES[:3], node(4, "message", data))
+
+    assert printed.splitlines()[1:] == ["score │ Let me see.", 'score │ → search {"q": "x"}']
+
+
+def test_a_message_of_a_failed_attempt_may_come_again() -> None:
+    token = {"message_id": "m1", "text": "half"}
+    message = node(6, "message", {"message_id": "m1", "text": "whole"}, attempt=2)
+
+    _, printed = view_of(*LINES[:3], node(4, "token", token), node(5, "node.retrying"), message)
+
+    assert [text for text in printed.splitlines() if "│" in text] == [
+        "score │ half",
+        "score │ whole",
+    ]
+
+
+def test_inner_nodes_end_with_the_attempt_around_them() -> None:
+    inner = node(4, "node.started", node="deep", ns=["score"], path=["k1"], task="k2")
+
+    view, _ = view_of(*LINES[:3], inner)
+    assert [text.split()[1] for text in below(view)] == ["score", "score/deep"]
+
+    view, _ = view_of(*LINES[:3], inner, node(5, "node.retrying", {"retry_in_ms": 1000}))
+    assert below(view) == ["↻ score  attempt 2 in 1.0 s"]
+
+
+def test_a_recovery_closes_what_was_open() -> None:
+    recovered = line(4, "run.recovered", {"reason": "crash", "lost": [{"task": "k1"}]}, epoch=2)
+
+    view, printed = view_of(*LINES[:3], recovered)
+
+    assert "! recovered after a crash, epoch 2; 1 task again" in printed
+    assert below(view) == ["⠋ running"]
+
+
+def test_a_run_that_waits_or_was_given_back_says_so() -> None:
+    view, _ = view_of(*LINES[:1])
+    assert below(view) == ["⠋ queued"]
+
+    view, printed = view_of(*LINES[:3], line(4, "run.requeued", {"reason": "drain"}))
+    assert "given back to the queue: drain" in printed
+    assert below(view) == ["⠋ queued"]
+
+
+@pytest.mark.parametrize(
+    ("type", "data", "says"),
+    [
+        ("node.completed", {"cached": True, "attempts": 0}, "✓ score  cached"),
+        ("node.completed", {"recovered": True, "attempts": 0}, "✓ score  recovered"),
+        (
+            "node.failed",
+            {"error_class": "timeout", "error_type": "E", "attempts": 3, "duration_ms": 61000},
+            "✗ score  timeout (E) 1 m 01 s · 3 attempts",
+        ),
+        ("node.interrupted", {"attempts": 1}, "? score  waits for an answer"),
+        ("node.cancelled", {"attempts": 1, "duration_ms": 5}, "■ score  cancelled 5 ms"),
+    ],
+)
+def test_each_end_of_a_node_is_shown(type: str, data: dict[str, Any], says: str) -> None:
+    view, printed = view_of(*LINES[:3], node(4, type, data))
+
+    assert printed.splitlines()[-1] == says
+    assert below(view) == ["⠋ running"]
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        (
+            end(2, "run.failed", "error", error={"code": "node_error", "node": "score"}),
+            ["✗ error after 1.9 s", "node_error in score: error"],
+        ),
+        (
+            end(2, "run.cancelled", "cancelled", reason="no need"),
+            ["■ cancelled", "reason: no need"],
+        ),
+        (
+            end(2, "run.interrupted", "interrupted", interrupts=[{"id": "i", "value": "ok?"}]),
+            ["? interrupted", 'asks: "ok?"'],
+        ),
+        (
+            end(2, backoff_ms=1500, tokens={"input": 12, "output": 3}),
+            ["1.5 s of back-off", "12 input / 3 output tokens"],
+        ),
+    ],
+)
+def test_a_summary_says_how_it_went(last: bytes, says: list[str]) -> None:
+    view, printed = view_of(LINES[0], last)
+
+    assert all(text in " ".join(printed.split()) for text in says)
+    assert below(view) == []
+
+
+def test_text_from_models_cannot_drive_the_terminal() -> None:
+    evil = "\x1b]0;x\x07a\x9b2J\u202eb\r"
+
+    _, printed = view_of(
+        *LINES[:3],
+        node(4, "token", {"message_id": "m1", "text": evil}),
+        node(5, "custom", {"value": evil}),
+        node(6, "node.failed", {"error_class": "x", "detail": evil, "attempts": 1}, node=evil),
+    )
+
+    assert not set(printed) & {"\x1b", "\x07", "\x9b", "\u202e", "\r"}
+
+
+def test_types_to_come_are_ignored() -> None:
+    view, printed = view_of(line(1, "run.blessed"), bookmark("nap", 1))
+
+    assert printed == ""
+    assert below(view) == ["⠋ waiting for the first line"]
+
+
+def test_many_open_nodes_do_not_fill_the_screen() -> None:
+    started = [node(3 + i, "node.started", task=f"k{i}") for i in range(100)]
+
+    view, _ = view_of(*LINES[:2], *started)
+
+    assert len(below(view)) < 25
+    assert "more" in below(view)[-1]
+
+
+def test_long_values_are_cut() -> None:
+    assert compact({"x": "y" * 1000}, 20) == '{"x": "yyyyyyyyyyyy…'
+
+
+# serve and --local: in this process.
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.SimpleNamespace:
+    """`runtime.app`, which notes what it is asked for, in an empty folder."""
+    asked = types.SimpleNamespace(calls=[], raises=None, exit_code=0, lines=LINES)
+
+    def serve(settings: Any, sources: Sequence[str]) -> int:
+        asked.calls.append((settings, sources))
+        if asked.raises is not None:
+            raise asked.raises
+        return int(asked.exit_code)
+
+    async def local_stream(*args: Any) -> AsyncIterator[bytes]:
+        asked.calls.append(args)
+        for one in asked.lines:
+            yield one
+        if asked.raises is not None:
+            raise asked.raises
+
+    module = types.ModuleType("runtime.app")
+    vars(module).update(serve=serve, local_stream=local_stream)
+    monkeypatch.setitem(sys.modules, "runtime.app", module)
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOST", "PORT", "ENGINE", "LENIENT", "LOG_LEVEL"):
+        monkeypatch.delenv(f"SERENO_{name}", raising=False)
+    return asked
+
+
+def nobody() -> Server:
+    return Server(AssertionError("no request is expected"))
+
+
+def test_serve_hands_on_settings_and_sources(composed: types.SimpleNamespace) -> None:
+    composed.exit_code = 7
+
+    result = sereno(
+        nobody(),
+        *("serve", "mod:graph", "--config", "a.json", "--config", "b.json", "--port", "0"),
+        *("--engine", "memory://", "--lenient", "--log-level", "DEBUG"),
+    )
+
+    assert result.code == 7
+    [(settings, sources)] = composed.calls
+    assert sources == ["a.json", "b.json", "mod:graph"]
+    assert (settings.port, settings.engine, settings.lenient) == (0, "memory://", True)
+    assert (settings.host, settings.insecure, settings.log_level) == ("127.0.0.1", False, "DEBUG")
+
+
+def test_serve_leaves_to_the_environment_what_it_is_not_told(
+    composed: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERENO_LENIENT", "1")
+    monkeypatch.setenv("SERENO_PORT", "9000")
+    Path("langgraph.json").write_text("{}")
+
+    assert sereno(nobody(), "serve").code == 0
+    [(settings, sources)] = composed.calls
+    assert (settings.lenient, settings.port, sources) == (True, 9000, ["langgraph.json"])
+
+
+@pytest.mark.parametrize("args", [("serve",), ("run", "a", "--local")])
+def test_without_graphs_it_says_what_to_do(
+    composed: types.SimpleNamespace, args: tuple[str, ...]
+) -> None:
+    result = sereno(nobody(), *args)
+
+    assert result.code == 2
+    assert result.stderr.startswith("sereno: no langgraph.json in this folder: name one with")
+    assert composed.calls == []
+
+
+def test_a_start_that_fails_is_one_line(composed: types.SimpleNamespace) -> None:
+    composed.raises = GraphLoadFailed("graph 'a' did not load: ZeroDivisionError")
+
+    result = sereno(nobody(), "serve", "m:a")
+
+    assert result.code == 1
+    assert result.stderr == "sereno: graph 'a' did not load: ZeroDivisionError\n"
+
+
+def test_a_bad_setting_is_one_line(composed: types.SimpleNamespace) -> None:
+    result = sereno(nobody(), "serve", "m:a", "--port", "70000")
+
+    assert result.code == 1
+    assert result.stderr.startswith("sereno: SERENO_PORT: ")
+    assert composed.calls == []
+
+
+def test_local_runs_without_a_server(composed: types.SimpleNamespace) -> None:
+    result = sereno(
+        nobody(), "run", "agent", "--local", "--config", "l.json", "--input", '{"x": 1}'
+    )
+
+    assert result.code == 0
+    assert result.stdout == told(LINES)
+    [(settings, sources, *rest)] = composed.calls
+    assert settings.engine == "memory://"
+    assert sources == ["l.json"]
+    assert rest == ["agent", {"x": 1}, None, ("updates", "messages", "custom")]
+
+
+@pytest.mark.parametrize(
+    ("last", "raises", "code", "says"),
+    [
+        pytest.param(end(8, "run.failed", "error"), None, 1, "", id="error"),
+        pytest.param(end(8, "run.interrupted", "interrupted"), None, 3, "only a server", id="ask"),
+        pytest.param(LINES[6], KeyboardInterrupt(), 130, "is gone", id="ctrl-c"),
+        pytest.param(LINES[6], UnknownGraph("a", ["b"]), 2, "known graphs: b", id="unknown"),
+    ],
+)
+def test_local_ends_as_the_run_does(
+    composed: types.SimpleNamespace,
+    last: bytes,
+    raises: BaseException | None,
+    code: int,
+    says: str,
+) -> None:
+    composed.lines, composed.raises = [*LINES[:6], last], raises
+
+    result = sereno(nobody(), "run", "agent", "--local", "--config", "l.json")
+
+    assert result.code == code
+    assert says in result.stderr
+    assert result.stdout == told([*LINES[:6], last])
+
+
+def test_every_command_has_help_and_nothing_heavy_is_imported() -> None:
+    """A command line that imports langgraph to list runs takes seconds to answer."""
+    program = (
+        "import sys; from runtime.cli import app; from typer.testing import CliRunner\n"
+        "for c in ('serve', 'run', 'tail', 'ps', 'cancel', 'graphs'):\n"
+        "    assert CliRunner().invoke(app, [c, '--help']).exit_code == 0, c\n"
+        "print([m for m in ('langgraph', 'fastapi', 'pydantic', 'opentelemetry')"
+        " if m in sys.modules])"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout == "[]\n"
+
+
+def test_an_unknown_command_is_refused() -> None:
+    result = CliRunner().invoke(app, ["frobnicate"])
+
+    assert result.exit_code == 2
+    assert isinstance(app, typer.Typer)
