@@ -111,7 +111,7 @@ def main() -> None:
 @app.command()
 def serve(
     sources: Annotated[
-        list[str] | None, typer.Argument(metavar="[SOURCE]...", help="[name=]module:attr")
+        list[str] | None, typer.Argument(metavar="SOURCE", help="[name=]module:attr")
     ] = None,
     config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
@@ -303,9 +303,11 @@ def _read_input(given: str) -> Any:
     where = "--input"
     try:
         if given == "-":
-            where, text = "--input - (stdin)", sys.stdin.buffer.read()
+            where = "--input - (stdin)"
+            text = sys.stdin.buffer.read()
         elif given.startswith("@"):
-            where, text = f"--input {given}", Path(given[1:]).expanduser().read_bytes()
+            where = f"--input {given}"
+            text = Path(given[1:]).expanduser().read_bytes()
         return json.loads(text, parse_constant=_no_constant)
     except OSError as exc:
         raise Trouble(f"{where}: {exc.strerror or exc}") from exc
@@ -445,6 +447,9 @@ class _Follower:
         while True:
             try:
                 with self._open() as response:
+                    if response.status_code == httpx2.codes.NO_CONTENT:
+                        self.status = response.headers.get("X-Run-Status", "success")
+                        return
                     opened = self.server.around.clock()
                     for line in self._read(response):
                         if "seq" in line.data:
@@ -452,9 +457,6 @@ class _Follower:
                         yield line
                         if (line.data.get("data") or {}).get("final"):
                             return
-                    if response.status_code == httpx2.codes.NO_CONTENT:
-                        self.status = response.headers.get("X-Run-Status", "success")
-                        return
                 cut = "the connection ended"
             except (httpx2.TransportError, _Away) as exc:
                 if not self._answered:

@@ -237,9 +237,8 @@ class RunView:
         self._spoken[message_id] = tasks
         speech = self._speeches.setdefault(message_id, _Speech(label, tasks))
         *whole, rest = (speech.text + clean(data.get("text") or "")).split("\n")
-        for paragraph in whole:
-            self._print(*self._wrapped(label, paragraph))
-        *full, speech.text = self._wrapped_texts(label, rest)
+        *full, speech.text = self._wrapped(label, rest)
+        full = [*(text for paragraph in whole for text in self._wrapped(label, paragraph)), *full]
         self._print(*(_tagged(label, text) for text in full))
 
     def _message(self, label: str, data: Mapping[str, Any]) -> None:
@@ -248,7 +247,7 @@ class RunView:
             self._end_speech(message_id)
         elif data.get("text") and message_id not in self._spoken:
             for paragraph in clean(data["text"]).split("\n"):
-                self._print(*self._wrapped(label, paragraph))
+                self._print(*(_tagged(label, text) for text in self._wrapped(label, paragraph)))
         for call in data.get("tool_calls") or ():
             name, args = clean(str(call.get("name"))), compact(call.get("args"))
             self._print(_tagged(label, f"→ {name} {args}", "magenta"))
@@ -270,10 +269,7 @@ class RunView:
         if speech.text:
             self._print(_tagged(speech.label, speech.text))
 
-    def _wrapped(self, label: str, paragraph: str) -> list[Text]:
-        return [_tagged(label, text) for text in self._wrapped_texts(label, paragraph)]
-
-    def _wrapped_texts(self, label: str, paragraph: str) -> list[str]:
+    def _wrapped(self, label: str, paragraph: str) -> list[str]:
         width = max(20, self._console.width - cell_len(label) - 3)
         return [line.plain for line in Text(paragraph).wrap(self._console, width)] or [""]
 

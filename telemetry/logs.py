@@ -29,12 +29,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import structlog
 from structlog.contextvars import merge_contextvars
 from structlog.processors import StackInfoRenderer
+from structlog.typing import EventDict
 
 from telemetry.encoding import JsonEncoder
 
@@ -76,6 +76,7 @@ class Logs:
         return self._writer.dropped
 
     def close(self, timeout: float = _PATIENCE) -> None:
+        """Takes `timeout` seconds at most; what the stream has not taken by then is dropped."""
         self._undo.close()
         self._writer.close(timeout)
 
@@ -139,46 +140,41 @@ def _configure_structlog(level: int, lines: _Lines, writer: _Writer, undo: ExitS
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
         logger_factory=lambda *args: _Logger(str(args[0]) if args else "root", writer),
-        # A cached logger would outlive reset() and escape structlog.testing.capture_logs(); to
-        # assemble one costs 1 µs, and nothing for a logger that was bound.
+        # A cached logger would outlive reset() and escape structlog.testing.capture_logs(). To
+        # assemble one for every line costs 2 µs; a logger that was bound is assembled already.
         cache_logger_on_first_use=False,
     )
 
 
 def _configure_logging(level: int, lines: _Lines, writer: _Writer, undo: ExitStack) -> None:
     root = logging.getLogger()
-    undo.callback(_put_back, root, root.handlers[:], root.level, root.propagate, root.disabled)
-    root.handlers[:] = [_Handler(level, lines, writer)]
+    _remember(root, undo)
+    root.handlers.clear()
+    root.addHandler(_Handler(level, lines, writer))
     root.setLevel(level)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi", "uvicorn.access"):
         logger = logging.getLogger(name)
-        undo.callback(
-            _put_back, logger, logger.handlers[:], logger.level, logger.propagate, logger.disabled
-        )
+        _remember(logger, undo)
         logger.handlers.clear()
-        # We write our own access line. Without handlers uvicorn does not even make its.
+        # We write our own access line; without a handler uvicorn does not even make its.
         logger.disabled = name == "uvicorn.access"
         logger.propagate = not logger.disabled
     logging.captureWarnings(True)
     undo.callback(logging.captureWarnings, False)
 
 
-def _put_back(
-    logger: logging.Logger,
-    handlers: list[logging.Handler],
-    level: int,
-    propagate: bool,
-    disabled: bool,
-) -> None:
-    """Handlers that others added in the meantime stay."""
-    ours = [handler for handler in logger.handlers if isinstance(handler, _Handler)]
-    for handler in ours:
-        logger.removeHandler(handler)
-    for handler in handlers:
-        logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = propagate
-    logger.disabled = disabled
+def _remember(logger: logging.Logger, undo: ExitStack) -> None:
+    """Have `undo` put a logger back; handlers that others add in the meantime stay."""
+    handlers, level = logger.handlers[:], logger.level
+    propagate, disabled = logger.propagate, logger.disabled
+
+    def put_back() -> None:
+        kept = [handler for handler in logger.handlers if not isinstance(handler, _Handler)]
+        logger.handlers[:] = handlers + [other for other in kept if other not in handlers]
+        logger.setLevel(level)
+        logger.propagate, logger.disabled = propagate, disabled
+
+    undo.callback(put_back)
 
 
 class _Lines:
@@ -189,7 +185,7 @@ class _Lines:
         self._encode = JsonEncoder().encode
         self._second = (-1, "", "")
 
-    def of_event(self, logger: _Logger, method: str, fields: dict[str, Any]) -> bytes:
+    def of_event(self, logger: Any, method: str, fields: EventDict) -> bytes:
         """The last processor of structlog's chain."""
         msg = fields.pop("event", "")
         event = fields.pop("event_type", None)
@@ -220,11 +216,11 @@ class _Lines:
         return self._line(self._clock(), "WARNING", "telemetry", msg, event, {"dropped": lines})
 
     def _line(
-        self, now: float, level: str, name: str, msg: object, event: object, fields: dict[str, Any]
+        self, now: float, level: str, name: str, msg: object, event: object, fields: EventDict
     ) -> bytes:
-        second, micros = divmod(int(now * 1_000_000), 1_000_000)
+        second, micros = divmod(round(now * 1_000_000), 1_000_000)
         ts, time_ = self._stamps(second)
-        line = {
+        line: dict[str, object] = {
             "ts": ts,
             "level": level,
             "name": name,
@@ -334,7 +330,7 @@ class _Writer:
     """Writes lines to a stream from a thread of its own, and never keeps its caller waiting."""
 
     def __init__(self, stream: BinaryIO, most: int, notice: Callable[[int], bytes]) -> None:
-        self._stream = stream
+        self._stream = stream  # a buffer that nobody holds closes its raw stream
         # Past the buffer, whose lock a stuck write would hold: the interpreter flushes stdout
         # last of all, and aborts the process when it cannot have that lock.
         self._raw: Any = stream.raw if isinstance(stream, io.BufferedWriter) else stream
@@ -344,6 +340,7 @@ class _Writer:
         # the end. Threads that find the last place free at once may each take it.
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = False
+        self._mend = b""
         self._told = 0
         self._dropped = 0
         self._counting = threading.RLock()
@@ -365,14 +362,13 @@ class _Writer:
             self._dropped += lines
 
     def close(self, timeout: float = _PATIENCE) -> None:
-        """Write what is queued; what the stream does not take in time is dropped."""
         if self._closed:
             return
         self._closed = True
         self._queue.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
-            while line := self._waiting():
+            while self._waiting():
                 self.drop(1)
             self._queue.put(None)
 
@@ -397,16 +393,19 @@ class _Writer:
     def _send(self, lines: bytes) -> None:
         # Losses are told once there is room again, not with every batch of a jam.
         dropped = self._dropped if self._queue.qsize() <= self._most // 2 else self._told
-        rest = lines
+        whole = rest = self._mend + lines
         try:
             if dropped > self._told:
-                rest = self._notice(dropped - self._told) + lines
+                whole = rest = self._mend + self._notice(dropped - self._told) + lines
             while rest:
                 if not (taken := self._raw.write(rest)):  # a full pipe that does not block
                     time.sleep(_RETRY)
                     continue
                 rest = rest[taken:]
             self._raw.flush()
-            self._told = dropped
+            self._mend, self._told = b"", dropped
         except Exception:  # nobody reads any more, the disk is full, the stream is closed
-            self.drop(lines.count(b"\n"))
+            lost = rest or lines
+            self.drop(min(lost.count(b"\n"), lines.count(b"\n")))
+            if len(rest) < len(whole):  # what follows a torn line begins a new one
+                self._mend = b"" if whole[: len(whole) - len(rest)].endswith(b"\n") else b"\n"

@@ -1,0 +1,42 @@
+# Every target makes the virtual environment it needs from requirements.lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test test-process bench lint types check lock clean
+
+run: $(READY)  ## serve the examples on port 8009
+	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json
+
+test: $(READY)  ## isolated tests: no server, no network
+	$(BIN)/pytest
+
+test-process: $(READY)  ## tests that start, kill and restart real servers on free ports
+	$(BIN)/pytest tests/process
+
+bench: $(READY)  ## ratios against a naive server, in one run
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test  ## what CI calls before the slower stages
+
+lock: $(READY)  ## resolve requirements.lock anew
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --all-extras pyproject.toml -o requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Sereno needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
