@@ -15,18 +15,20 @@ from typing import Any
 
 import structlog
 import uvicorn
+import uvloop
 from fastapi import FastAPI
+from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime import engines
 from runtime.api import graphs as graphs_api
 from runtime.api import health, problems, runs, seed, threads
 from runtime.api.dependencies import Services
-from runtime.api.schemas import RunRequest, new_run_id
-from runtime.api.submitting import submit_request
+from runtime.api.schemas import RunRequest
+from runtime.api.submitting import default_input, submit_request
 from runtime.engines.base import Engine, follow
 from runtime.engines.serde import StrictSerializer
-from runtime.errors import BadSetting, SeamBroken, StartupError
+from runtime.errors import BadSetting, InvalidRequest, SeamBroken
 from runtime.execution.runner import Outcome
 from runtime.execution.worker import Observer, Worker
 from runtime.graphs import Graphs
@@ -54,24 +56,31 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_services(settings, sources, engine=engine) as (services, worker):
-            app.state.services = services
-            app.state.worker = worker
-            app.state.loop = asyncio.get_running_loop()
+            _attach(app, services, worker)
             yield
 
+    return _routes(settings, lifespan=lifespan)
+
+
+def _routes(settings: Settings, **options: Any) -> FastAPI:
     app = FastAPI(
         title="Sereno",
         version=version("sereno"),
         summary="LangGraph graphs as durable, resumable NDJSON streams.",
-        lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        **options,
     )
     for module in (runs, threads, graphs_api, seed, health):
         app.include_router(module.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.body_max)
     return app
+
+
+def _attach(app: FastAPI, services: Services, worker: Worker) -> None:
+    app.state.services = services
+    app.state.worker = worker
 
 
 @asynccontextmanager
@@ -163,12 +172,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        too_large = problems.problem(
-            413, "body_too_large", f"the body is larger than {self._limit} bytes"
-        )
         length = dict(scope["headers"]).get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._limit:
-            await too_large(scope, receive, send)
+        if length.isdigit() and (len(length) > 18 or int(length) > self._limit):
+            await self._refuse(scope, receive, send)
             return
         seen, answered = 0, False
 
@@ -190,7 +196,11 @@ class BodyLimit:
         except _TooLarge:
             if answered:
                 raise
-            await too_large(scope, receive, send)
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        detail = f"the body is larger than {self._limit} bytes"
+        await problems.problem(413, "body_too_large", detail)(scope, receive, send)
 
 
 class _TooLarge(BaseException):
@@ -198,9 +208,25 @@ class _TooLarge(BaseException):
 
 
 def serve(settings: Settings, sources: Sequence[str | Path]) -> int:
-    """Serve until SIGTERM or SIGINT; a second one ends the process at once. The exit code."""
+    """Serve until SIGTERM or SIGINT; a second one ends the process at once. The exit code.
+
+    Raises StartupError when a graph, the store or a setting cannot be used.
+    """
     with logs.configure(level=settings.log_level):
-        app = create_app(settings, sources)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            server, worker = runner.run(_serve(settings, sources))
+            code = 0 if server.started else 1
+            if worker.abandoned:
+                _log.warning("Leaving nodes behind", abandoned=worker.abandoned)
+                logs.reset()
+                os._exit(code)  # a thread that cannot be stopped would keep the process
+    return code
+
+
+async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Server, Worker]:
+    async with open_services(settings, sources) as (services, worker):
+        app = _routes(settings)
+        _attach(app, services, worker)
         server = Server(
             uvicorn.Config(
                 app,
@@ -211,48 +237,35 @@ def serve(settings: Settings, sources: Sequence[str | Path]) -> int:
                 server_header=False,
                 timeout_graceful_shutdown=5,
             ),
-            app,
+            worker,
         )
-        try:
-            server.run()
-        except StartupError as exc:
-            # uvicorn tells of a failed lifespan by its exit code only.
-            _log.error("Cannot start", error=str(exc))
-            return 1
-        code = 0 if server.started else 1
-    worker = getattr(app.state, "worker", None)
-    if worker is not None and worker.abandoned:
-        os._exit(code)  # a sync node that cannot be stopped would keep the process
-    return code
+        await server.serve()
+    return server, worker
 
 
 class Server(uvicorn.Server):
     """Drains before it stops listening: readers keep their streams until runs are let go."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
-        self._app = app
-        self._asked = False
+        self._worker = worker
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             port = self.servers[0].sockets[0].getsockname()[1]
             _log.info("Serving", host=self.config.host, port=port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._draining is not None:
             os._exit(128 + sig)
-        self._asked = True
-        worker: Worker | None = getattr(self._app.state, "worker", None)
-        if worker is None:
-            super().handle_exit(sig, frame)
-            return
-        loop = self._app.state.loop
-        loop.call_soon_threadsafe(lambda: loop.create_task(self._drain(worker)))
+        self._draining = self._loop.create_task(self._drain())
+        self._loop.call_soon_threadsafe(lambda: None)  # a signal alone does not wake the loop
 
-    async def _drain(self, worker: Worker) -> None:
-        await worker.drain()
+    async def _drain(self) -> None:
+        await self._worker.drain()
         self.should_exit = True
 
 
@@ -267,14 +280,18 @@ async def local_stream(
     """Run a graph in this process without a server: its encoded lines, to the terminal one."""
     settings = settings.model_copy(update={"engine": "memory://"})
     async with open_services(settings, sources) as (services, _):
-        request = RunRequest.model_validate(
-            {
-                "graph": graph,
-                "input": input,
-                "thread_id": thread_id or new_run_id(),
-                "stream": list(modes) if modes is not None else None,
-            }
-        )
+        body = {
+            "graph": graph,
+            "input": default_input(services.graphs.get(graph), input),
+            "thread_id": thread_id,
+            "stream": list(modes) if modes is not None else None,
+        }
+        try:
+            request = RunRequest.model_validate(body)
+        except ValidationError as exc:
+            first = exc.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "run"
+            raise InvalidRequest(field, first["msg"]) from exc
         run = await submit_request(services, request)
         async with contextlib.aclosing(follow(services.engine, run.run_id, 0)) as batches:
             async for batch in batches:

@@ -239,7 +239,7 @@ def ps(
     elif not runs:
         screen.print("no runs", style="dim")
     else:
-        screen.print(runs_table(runs, server.around.clock()))
+        screen.print(runs_table(runs, server.around.clock(), screen.width))
         if more is not None:
             screen.print("there are more; --limit shows them", style="dim")
 
@@ -364,12 +364,14 @@ def _run_here(
     sources = _sources(config, None)
     from runtime import settings
 
-    settled = settings.load(engine="memory://")
+    # Its errors are the caller's own, and stdout belongs to its lines.
+    settled = settings.load(engine="memory://", expose_errors=True)
     from runtime.app import local_stream
+    from telemetry import logs
 
     lines = local_stream(settled, sources, graph, input, thread, modes or DEFAULT_MODES)
     try:
-        with view:
+        with logs.configure(level="WARNING", stream=sys.stderr.buffer), view:
             final = asyncio.run(_show_all(lines, view))
     except KeyboardInterrupt:
         _say("stopped; the run was in this process and is gone")

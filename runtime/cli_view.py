@@ -137,9 +137,9 @@ class RunView:
         label = "/".join(map(clean, [*said.get("ns", ()), said.get("node") or ""]))
         match said.get("type"):
             case "run.queued":
-                self._print(
-                    Text(f"▶ run {said['run_id']} · thread {clean(said['thread_id'])}", "dim")
-                )
+                run_id, thread_id = clean(said["run_id"]), clean(said["thread_id"])
+                thread = f" · thread {thread_id}" if thread_id != run_id else ""
+                self._print(Text(f"▶ run {run_id}{thread}", "dim"))
                 self._waiting = "queued"
             case "run.started":
                 self._waiting = "running"
@@ -286,29 +286,31 @@ class RunView:
         return self._when(said) + float(data.get("retry_in_ms") or 0) / 1000
 
 
-def runs_table(runs: Sequence[Mapping[str, Any]], now: float) -> Table:
-    """Runs, newest first as they come."""
+def runs_table(runs: Sequence[Mapping[str, Any]], now: float, width: int) -> Table:
+    """Runs in the order given. An id is never cut: what is less needed gives way to it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", overflow="fold")
-    for name in ("graph", "thread"):
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
+    wide = width >= 100
+    table.add_column("run", no_wrap=True)
+    table.add_column("graph", overflow="fold")
+    if wide:
+        table.add_column("thread", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for name in ("age", "took", "lines"):
+    for name in ("age", "took", "lines") if wide else ("age", "took"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         mark, style = STATUSES.get(run["status"], ("·", ""))
         started, ended = _seconds(run.get("started_at")), _seconds(run.get("ended_at"))
         took = (ended if ended is not None else now) - started if started is not None else None
         created = _seconds(run.get("created_at"))
-        table.add_row(
-            Text(clean(run["run_id"])),
-            Text(clean(run["graph"])),
-            Text(clean(run["thread_id"])),
-            Text(f"{mark} {run['status']}", style),
-            _took(now - created) if created is not None else "",
-            _took(took) if took is not None else "",
-            str(run.get("last_seq", "")),
-        )
+        cells = [Text(clean(run["run_id"])), Text(clean(run["graph"]))]
+        if wide:
+            cells.append(Text(clean(run["thread_id"])))
+        cells.append(Text(f"{mark} {run['status']}", style))
+        cells.append(Text(_took(now - created) if created is not None else ""))
+        cells.append(Text(_took(took) if took is not None else ""))
+        if wide:
+            cells.append(Text(str(run.get("last_seq", ""))))
+        table.add_row(*cells)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from runtime.model import Run, RunStatus
@@ -53,6 +54,8 @@ STATUS: Mapping[str, RunStatus] = {
     "run.interrupted": RunStatus.INTERRUPTED,
 }
 
+#: Places of tasks that a sealer keeps encoded.
+PLACES = 1024
 #: A member above this many bytes is not stored at all.
 DATA_MAX = 64 * 1024 * 1024
 
@@ -82,15 +85,20 @@ class Event:
 
 
 class Sealer:
-    """Makes events of one run: envelope, encoding, and the size limit of a line."""
+    """Makes events of one run: envelope, encoding, and the size limit of a line.
+
+    A line is put together from parts that are encoded once: the ids with the run, the place with
+    the task. Only `data` is new each time.
+    """
 
     def __init__(
         self, run_id: str, thread_id: str, encoder: JsonEncoder, *, line_max: int = 1024 * 1024
     ) -> None:
         self.run_id = run_id
-        self.thread_id = thread_id
         self._encoder = encoder
         self._line_max = line_max
+        self._ids = self._members({"run_id": run_id, "thread_id": thread_id})
+        self._places: dict[tuple[object, object, object], bytes] = {}
 
     @classmethod
     def of(cls, run: Run, encoder: JsonEncoder, *, line_max: int = 1024 * 1024) -> Sealer:
@@ -108,47 +116,50 @@ class Sealer:
         where: Mapping[str, Any] | None = None,
     ) -> Event:
         """Encode one line. `where` holds node, ns, path, task, attempt, step of a node's line."""
-        line: dict[str, Any] = {
-            "v": 1,
-            "seq": seq,
-            "ts": rfc3339(ts),
-            "type": type,
-            "run_id": self.run_id,
-            "thread_id": self.thread_id,
-            "epoch": epoch,
-        }
-        if where:
-            line.update(where)
-        line["data"] = data
-        body = self._encoder.encode(line)
-        if len(body) <= self._line_max:
-            return Event(seq=seq, epoch=epoch, type=type, ts=ts, body=body)
-        return self._shrunk(line, len(body))
+        head = b'{"v":1,"seq":%d,"ts":"%s","type":"%s",%s,"epoch":%d,%s"data":' % (
+            seq,
+            rfc3339(ts).encode(),
+            type.encode(),
+            self._ids,
+            epoch,
+            self._place(where) if where else b"",
+        )
+        encoded = self._encoder.encode(data)
+        kept: tuple[tuple[str, bytes], ...] = ()
+        if len(head) + len(encoded) >= self._line_max:
+            encoded, kept = self._shrunk(seq, data, len(head) + len(encoded))
+        body = b"%s%s}" % (head, encoded)
+        return Event(seq=seq, epoch=epoch, type=type, ts=ts, body=body, data=kept)
 
-    def _shrunk(self, line: dict[str, Any], size: int) -> Event:
+    def _place(self, where: Mapping[str, Any]) -> bytes:
+        key = (where.get("task"), where.get("attempt"), where.get("step"))
+        place = self._places.get(key)
+        if place is None:
+            if len(self._places) >= PLACES:
+                self._places.clear()
+            place = self._places[key] = self._members(where) + b","
+        return place
+
+    def _members(self, value: Mapping[str, Any]) -> bytes:
+        return self._encoder.encode(value)[1:-1]
+
+    def _shrunk(
+        self, seq: int, data: Mapping[str, Any], size: int
+    ) -> tuple[bytes, tuple[tuple[str, bytes], ...]]:
         """The largest members move out of the line, largest first, until it fits."""
-        encoded = {name: self._encoder.encode(value) for name, value in line["data"].items()}
-        kept: list[tuple[str, bytes]] = []
-        data = dict(line["data"])
+        encoded = {name: self._encoder.encode(value) for name, value in data.items()}
+        left, kept = dict(data), []
         for name, value in sorted(encoded.items(), key=lambda item: -len(item[1])):
-            if size <= self._line_max:
+            if size < self._line_max:
                 break
             if len(value) > DATA_MAX:
-                data[name] = {"$truncated": True, "bytes": len(value)}
+                left[name] = {"$truncated": True, "bytes": len(value)}
             else:
-                ref = f"/v1/runs/{self.run_id}/data/{line['seq']}/{name}"
-                data[name] = {"$ref": ref, "bytes": len(value)}
+                ref = f"/v1/runs/{self.run_id}/data/{seq}/{name}"
+                left[name] = {"$ref": ref, "bytes": len(value)}
                 kept.append((name, value))
-            size -= len(value) - 120
-        body = self._encoder.encode({**line, "data": data})
-        return Event(
-            seq=line["seq"],
-            epoch=line["epoch"],
-            type=line["type"],
-            ts=datetime.fromisoformat(line["ts"]).timestamp(),
-            body=body,
-            data=tuple(kept),
-        )
+            size -= len(value) - len(self._encoder.encode(left[name]))
+        return self._encoder.encode(left), tuple(kept)
 
 
 def unstored(
@@ -169,5 +180,10 @@ def unstored(
 
 def rfc3339(ts: float) -> str:
     """Unix seconds as RFC 3339 in UTC with milliseconds."""
-    stamp = datetime.fromtimestamp(ts, UTC)
-    return f"{stamp:%Y-%m-%dT%H:%M:%S}.{stamp.microsecond // 1000:03d}Z"
+    milliseconds = int(ts * 1000)
+    return f"{_whole(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+
+
+@lru_cache(64)
+def _whole(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"

@@ -133,6 +133,8 @@ class LoadedGraph:
     graph: Graph = field(repr=False)
     #: Set when each run gets a graph of its own.
     factory: Factory | None = field(repr=False)
+    #: What `schema` has worked out.
+    _schema: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @asynccontextmanager
     async def open(self, config: RunnableConfig) -> AsyncIterator[Graph]:
@@ -153,17 +155,19 @@ class LoadedGraph:
 
         A type that has no JSON Schema is `{}`, which says "anything".
         """
-        builder = getattr(self.graph, "builder", None)
-        context = self.graph.context_schema
-        return {
-            "input": _json_schema(
+        if not self._schema:
+            builder = getattr(self.graph, "builder", None)
+            context = self.graph.context_schema
+            self._schema["input"] = _json_schema(
                 self.graph.get_input_jsonschema, getattr(builder, "input_schema", None)
-            ),
-            "output": _json_schema(
+            )
+            self._schema["output"] = _json_schema(
                 self.graph.get_output_jsonschema, getattr(builder, "output_schema", None)
-            ),
-            "context": context and _json_schema(self.graph.get_context_jsonschema, context),
-        }
+            )
+            self._schema["context"] = context and _json_schema(
+                self.graph.get_context_jsonschema, context
+            )
+        return dict(self._schema)
 
 
 def _json_schema(ask: Callable[[], dict[str, Any] | None], kind: Any) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Run:
     @property
     def modes(self) -> Sequence[str]:
         """The stream modes that this run records."""
-        return tuple(self.request.get("stream") or DEFAULT_MODES)
+        chosen = self.request.get("stream")
+        return DEFAULT_MODES if chosen is None else tuple(chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

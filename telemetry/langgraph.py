@@ -3,6 +3,9 @@
 LangGraph calls a node by `_runner.arun_with_retry(task, …)`, which calls `task.proc` once for each
 attempt. `install()` wraps that function and puts a `_Proxy` in the place of `task.proc`. What is
 seen goes to the listeners, and into the stream that LangGraph itself carries in the task's config.
+What a task wrote is told by `PregelLoop.output_writes`, whose own parts name the node only: of two
+`Send` tasks, one out of the cache, they do not say which. The end of a superstep is told by
+`after_tick`, which emits no part when the state is as before.
 
 Emission goes through the *task's* config: the config of an attempt is closed when it times out.
 """
@@ -16,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -23,6 +27,8 @@ from langgraph._internal._config import patch_configurable
 from langgraph.constants import TAG_HIDDEN
 from langgraph.errors import GraphBubbleUp, GraphDrained, GraphInterrupt, ParentCommand
 from langgraph.pregel import _retry, _runner
+from langgraph.pregel._io import map_output_updates
+from langgraph.pregel._loop import PregelLoop
 
 from telemetry.observations import (
     ATTEMPTS,
@@ -40,7 +46,9 @@ from telemetry.observations import (
 
 __all__ = [
     "Attempt",
+    "NodeWrote",
     "SeamMismatch",
+    "SuperstepEnded",
     "current_attempt",
     "install",
     "listen",
@@ -59,7 +67,11 @@ _EXPECTED = {
     (_runner, "run_with_retry"): ("task", "retry_policy", "configurable"),
     (_retry, "_arun_with_timeout"): ("task", "config", "timeout", "attempt_ctx", "stream"),
     (_retry, "_should_retry_on"): ("retry_policy", "exc"),
+    (PregelLoop, "output_writes"): ("self", "task_id", "writes", "cached"),
+    (PregelLoop, "after_tick"): ("self",),
 }
+#: Fourth part of the path of a task that LangGraph makes to handle another task's error.
+_HANDLER = "node_error_handler"
 
 _listeners: list[Listener] = []
 _installed: list[tuple[object, str, object]] = []
@@ -69,6 +81,24 @@ _log = structlog.get_logger("telemetry")
 
 class SeamMismatch(RuntimeError):
     """LangGraph's functions are not those that we know how to observe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWrote:
+    """The result of a visit is known. Only in the stream, in front of LangGraph's own parts."""
+
+    visit: Visit
+    #: As in LangGraph's stream mode `updates`.
+    update: object
+    #: Nobody was called for it: it comes from the cache, or from before a crash.
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperstepEnded:
+    """The outermost graph has taken over what its tasks wrote. Only in the stream."""
+
+    step: int
 
 
 class Attempt:
@@ -109,6 +139,8 @@ def install() -> None:
         _patch(_runner, "arun_with_retry", _observed_async(_runner.arun_with_retry))  # type: ignore[attr-defined]
         _patch(_runner, "run_with_retry", _observed_sync(_runner.run_with_retry))  # type: ignore[attr-defined]
         _patch(_retry, "_arun_with_timeout", _observed_timeout(_retry._arun_with_timeout))
+        _patch(PregelLoop, "output_writes", _observed_writes(PregelLoop.output_writes))
+        _patch(PregelLoop, "after_tick", _observed_superstep(PregelLoop.after_tick))
 
 
 def uninstall() -> None:
@@ -144,6 +176,8 @@ def visit_of(task: Any) -> Visit:
     ns = config[_CONF].get("checkpoint_ns") or ""
     # A number stands between two segments when a task calls several subgraphs: no level of its own.
     segments = [part.partition(":") for part in ns.split("|") if part and not part.isdigit()][:-1]
+    if _HANDLER in task.path:  # nested below the node that failed, but of the same graph
+        segments.pop()
     return Visit(
         task=task.id,
         node=task.name,
@@ -217,6 +251,37 @@ def _observed_timeout(original: Callable[..., Awaitable[Any]]) -> Callable[..., 
             raise
 
     return _arun_with_timeout
+
+
+def _observed_writes(original: Callable[..., None]) -> Callable[..., None]:
+    def output_writes(self: Any, task_id: str, writes: Any, *, cached: bool = False) -> None:
+        task, stream = self.tasks.get(task_id), self.stream
+        if task is not None and stream is not None and ATTEMPTS in stream.modes:
+            # Nothing comes of a hidden task, an error or an interrupt.
+            for update in map_output_updates(self.output_keys, [(task, writes)]):
+                wrote = NodeWrote(visit=visit_of(task), update=update[task.name], cached=cached)
+                stream((wrote.visit.path, ATTEMPTS, wrote))
+        original(self, task_id, writes, cached=cached)
+
+    return output_writes
+
+
+def _observed_superstep(original: Callable[..., None]) -> Callable[..., None]:
+    def after_tick(self: Any) -> None:
+        step, stream = self.step, self.stream
+        try:
+            original(self)
+        except GraphInterrupt:  # a static breakpoint after it
+            _superstep_ended(self, stream, step)
+            raise
+        _superstep_ended(self, stream, step)
+
+    return after_tick
+
+
+def _superstep_ended(loop: Any, stream: Any, step: int) -> None:
+    if not loop.is_nested and stream is not None and ATTEMPTS in stream.modes:
+        stream(((), ATTEMPTS, SuperstepEnded(step=step)))
 
 
 def _attempt_number(config: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 import subprocess
 import sys
 import types
@@ -14,7 +15,6 @@ from typing import Any
 
 import httpx2
 import pytest
-import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -97,9 +97,9 @@ def sereno(
     return Result(result.exit_code, result.stdout_bytes, result.stderr)
 
 
-def terminal() -> tuple[Console, Callable[[], str]]:
+def terminal(width: int = 80) -> tuple[Console, Callable[[], str]]:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, color_system=None, width=80, height=30)
+    console = Console(file=out, force_terminal=True, color_system=None, width=width, height=30)
     return console, lambda: out.getvalue()
 
 
@@ -584,18 +584,47 @@ def test_ps_lists_runs_over_pages_as_ndjson() -> None:
     ]
 
 
-def test_ps_draws_a_table_on_a_terminal() -> None:
+@pytest.mark.parametrize(
+    ("width", "head", "rows"),
+    [
+        pytest.param(
+            120,
+            "run graph thread status age took lines",
+            [
+                "01RUN1 agent t-1 ▶ running 2 m 00 s 1 m 30 s 7",
+                "01RUN2 agent t-1 ✓ success 2 m 00 s 1.9 s 7",
+            ],
+            id="wide",
+        ),
+        pytest.param(
+            60,
+            "run graph status age took",
+            [
+                "01RUN1 agent ▶ running 2 m 00 s 1 m 30 s",
+                "01RUN2 agent ✓ success 2 m 00 s 1.9 s",
+            ],
+            id="narrow",
+        ),
+    ],
+)
+def test_ps_draws_a_table_on_a_terminal(width: int, head: str, rows: list[str]) -> None:
     ended = run_row(2, status="success", ended_at="2027-01-15T07:58:31.900Z")
     answer = {"runs": [run_row(1), ended], "next_cursor": "c"}
-    console, shown = terminal()
+    console, shown = terminal(width)
 
     sereno(Server(httpx2.Response(200, json=answer)), "ps", "--limit", "2", console=console)
 
-    head, first, second, more = shown().splitlines()
-    assert head.split() == ["run", "graph", "thread", "status", "age", "took", "lines"]
-    assert first.split() == [*"01RUN1 agent t-1 ▶ running 2 m 00 s 1 m 30 s 7".split()]
-    assert second.split() == [*"01RUN2 agent t-1 ✓ success 2 m 00 s 1.9 s 7".split()]
-    assert "--limit" in more
+    lines = [" ".join(text.split()) for text in shown().splitlines()]
+    assert lines == [head, *rows, "there are more; --limit shows them"]
+
+
+def test_ps_never_cuts_an_id() -> None:
+    row = run_row(1, run_id="01M878Q3AYM3MNYJDQ52M1S410", graph="a_graph_with_a_long_name")
+    console, shown = terminal(60)
+
+    sereno(Server(httpx2.Response(200, json={"runs": [row]})), "ps", console=console)
+
+    assert "01M878Q3AYM3MNYJDQ52M1S410" in shown()
 
 
 def test_ps_without_runs_says_so_on_a_terminal() -> None:
@@ -992,7 +1021,7 @@ def test_local_runs_without_a_server(composed: types.SimpleNamespace) -> None:
     assert result.code == 0
     assert result.stdout == told(LINES)
     [(settings, sources, *rest)] = composed.calls
-    assert settings.engine == "memory://"
+    assert (settings.engine, settings.expose_errors) == ("memory://", True)
     assert sources == ["l.json"]
     assert rest == ["agent", {"x": 1}, None, ("updates", "messages", "custom")]
 
@@ -1022,6 +1051,22 @@ def test_local_ends_as_the_run_does(
     assert result.stdout == told([*LINES[:6], last])
 
 
+def test_what_a_local_run_logs_does_not_mix_with_its_lines(
+    composed: types.SimpleNamespace,
+) -> None:
+    class Logging(list[bytes]):
+        def __iter__(self) -> Iterator[bytes]:
+            logging.getLogger("graph").warning("look out")
+            return super().__iter__()
+
+    composed.lines = Logging(LINES)
+
+    result = sereno(nobody(), "run", "agent", "--local", "--config", "l.json")
+
+    assert result.stdout == told(LINES)
+    assert "look out" in result.stderr
+
+
 def test_every_command_has_help_and_nothing_heavy_is_imported() -> None:
     """A command line that imports langgraph to list runs takes seconds to answer."""
     program = (
@@ -1039,8 +1084,9 @@ def test_every_command_has_help_and_nothing_heavy_is_imported() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_an_unknown_command_is_refused() -> None:
-    result = CliRunner().invoke(app, ["frobnicate"])
+def test_the_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "runtime", "--help"]
 
-    assert result.exit_code == 2
-    assert isinstance(app, typer.Typer)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stdout.startswith("Usage: sereno ")

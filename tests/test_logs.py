@@ -618,15 +618,22 @@ def test_handlers_that_were_there_write_nothing_and_come_back() -> None:
         root.removeHandler(later)
 
 
-def test_what_structlog_was_told_before_comes_back() -> None:
+@pytest.mark.parametrize("configured", [True, False])
+def test_what_structlog_was_told_before_comes_back(configured: bool) -> None:
+    was_configured, config = structlog.is_configured(), structlog.get_config()
     own = [structlog.processors.JSONRenderer()]
-    structlog.configure(processors=own)
+    structlog.reset_defaults()
+    if configured:
+        structlog.configure(processors=own)
     try:
         Written().lines()
 
-        assert structlog.get_config()["processors"] is own
+        assert structlog.is_configured() is configured
+        assert (structlog.get_config()["processors"] is own) is configured
     finally:
         structlog.reset_defaults()
+        if was_configured:
+            structlog.configure(**config)
 
 
 # The writer

@@ -5,6 +5,7 @@ import operator
 from typing import Annotated, Any, Literal
 
 from langchain_core.messages import HumanMessage, SystemMessage
+from langgraph.config import get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, interrupt
@@ -59,7 +60,7 @@ class Learnt(TypedDict):
     findings: dict[str, Finding]
 
 
-model = Scribe(pause_s=0.03 * PACE)
+model = Scribe(pause_s=0.02 * PACE)
 
 
 def plan(state: Request) -> Research:
@@ -73,7 +74,7 @@ def plan(state: Request) -> Research:
 
 
 async def fetch_sources(state: Research, runtime: Runtime[None]) -> Research:
-    """The library is slow to answer: the node's retry policy knows what to do."""
+    """The library does not answer at first: that is left to the node's retry policy."""
     await asyncio.sleep(0.1 * PACE)
     info = runtime.execution_info
     if info is not None and info.node_attempt <= FAULTS:
@@ -92,7 +93,10 @@ async def search(state: Lead) -> Lead:
     """Keeps the two newest sources."""
     await asyncio.sleep(0.2 * PACE)
     newest_first = sorted(state["sources"], key=lambda source: -source["year"])
-    return {"passages": newest_first[:2]}
+    kept, title = newest_first[:2], topics()[state["topic"]]["title"]
+    # A line for who watches the stream: passages are no output, so no update shows them.
+    get_stream_writer()({"message": f"{title}: leo {len(kept)} de {len(newest_first)} fuentes"})
+    return {"passages": kept}
 
 
 async def summarise(state: Lead) -> Learnt:
@@ -132,8 +136,10 @@ def approve(state: Research) -> Command[Literal["publish", "write", "approve", "
         }
     )
     match answer:
-        case {"approve": bool(approved)} | bool(approved):
-            return Command(goto="publish" if approved else END)
+        case {"approve": True} | True:
+            return Command(goto="publish")
+        case {"approve": False} | False:
+            return Command(goto="__end__")
         case str(text) if text.strip().lower() in YES:
             return Command(goto="publish")
         case str(text) if text.strip():

@@ -38,8 +38,10 @@ class Scribe(BaseChatModel):
         words = WORD.findall(shortened(messages))
         for word in words:
             await asyncio.sleep(self.pause_s)
-            yield ChatGenerationChunk(message=AIMessageChunk(word))
-        last = AIMessageChunk("", usage_metadata=usage(messages, len(words)), chunk_position="last")
+            yield ChatGenerationChunk(message=AIMessageChunk(content=word))
+        last = AIMessageChunk(
+            content="", usage_metadata=usage(messages, len(words)), chunk_position="last"
+        )
         yield ChatGenerationChunk(message=last)
 
 

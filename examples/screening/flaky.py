@@ -7,7 +7,7 @@ They fail in the same way in every round of interviews:
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,18 +46,17 @@ class FlakyOffice(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        #: The path of every request, in order.
-        self.requests: list[str] = []
+        #: How often each path has been asked for.
+        self.requests: Counter[str] = Counter()
         self._done: dict[tuple[str, str], dict[str, Answer]] = defaultdict(dict)
         self._lock = Lock()
 
     def answer(self, path: str) -> Answer:
         _, round_id, kind, candidate = path.split("/")
         with self._lock:
-            first_request = path not in self.requests
-            self.requests.append(path)
+            self.requests[path] += 1
             done = self._done[round_id, kind]
-            if first_request and (fault := self._fault(kind, len(done))):
+            if self.requests[path] == 1 and (fault := self._fault(kind, len(done))):
                 return fault
             return done.setdefault(candidate, self._receipt(kind, len(done)))
 

@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import APIRouter
 
 from runtime.api.dependencies import ServicesDep
+from runtime.api.problems import RESPONSES
 from runtime.api.schemas import GraphInfo
 from runtime.graphs import LoadedGraph
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/graphs", tags=["graphs"])
+router = APIRouter(prefix="/v1/graphs", tags=["graphs"], responses=RESPONSES)
 
 
 @router.get("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -14,6 +15,8 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["operations"])
 _NO_STORE = {"Cache-Control": "no-store"}
+#: For the OpenAPI document.
+FAILING: dict[int | str, dict[str, Any]] = {503: {"description": "A check fails."}}
 
 
 @router.get("/health")
@@ -24,26 +27,30 @@ async def health() -> Response:
     return JSONResponse({"status": "ok", "ts": int(time.time())}, headers=_NO_STORE)
 
 
-@router.get("/livez")
+@router.get("/livez", response_class=PlainTextResponse)
 async def live() -> Response:
     """The process is not stuck; best effort on this port."""
     return PlainTextResponse("ok", headers=_NO_STORE)
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=FAILING)
 @router.get("/ready", include_in_schema=False)
 async def ready(request: Request, services: ServicesDep) -> Response:
     """New runs are welcome: started, not draining, the store writable, every graph served."""
-    return _checked(services.checks.ready(), request)
+    results = services.checks.ready()
+    if services.draining():  # known at once, while the last answers of checks have an age
+        down: dict[str, object] = {"status": "fail", "output": "the server shuts down"}
+        results = [{**r, **down} if r["name"] == "draining" else r for r in results]
+    return _checked(results, request)
 
 
-@router.get("/startupz")
+@router.get("/startupz", responses=FAILING)
 async def started(request: Request, services: ServicesDep) -> Response:
     """Graphs are compiled and the store is open."""
     return _checked(services.checks.started(), request)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, services: ServicesDep) -> Response:
     """Prometheus text, or OpenMetrics when asked for; rendered in a thread."""
     body, media_type = await services.metrics.render(request.headers.get("accept", ""))

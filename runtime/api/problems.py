@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -21,10 +22,21 @@ from runtime.errors import (
     Unavailable,
 )
 
-__all__ = ["install", "problem"]
+__all__ = ["RESPONSES", "BadCursor", "install", "problem"]
+
+
+class BadCursor(InvalidRequest):
+    """`after` is neither a number nor `latest`."""
+
+    code = "invalid_cursor"
+
+    def __init__(self, value: str) -> None:
+        super().__init__("after", f"{value!r} is not a cursor; use a seq, 0 or 'latest'")
+
 
 #: Error → status. The first row that fits counts.
 STATUSES: Sequence[tuple[type[SerenoError], int]] = (
+    (BadCursor, 400),
     (InvalidRequest, 422),
     (NotFound, 404),
     (Conflict, 409),
@@ -35,7 +47,37 @@ STATUSES: Sequence[tuple[type[SerenoError], int]] = (
 #: Attributes of an error that a client may use.
 MEMBERS = ("field", "run_id", "thread_id", "active_run", "node", "known", "last_seq", "after")
 
+#: Wrong fields that are listed.
+ERRORS_MAX = 20
+MEDIA_TYPE = "application/problem+json"
+
 _log = structlog.get_logger("api")
+
+#: For the OpenAPI document: what any address may answer instead.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "A problem (RFC 9457).",
+        "content": {
+            MEDIA_TYPE: {
+                "schema": {
+                    "type": "object",
+                    "required": ["type", "title", "status", "code", "detail"],
+                    "properties": {
+                        "type": {"type": "string"},
+                        "title": {"type": "string"},
+                        "status": {"type": "integer"},
+                        "code": {"type": "string"},
+                        "detail": {"type": "string"},
+                        "field": {"type": "string"},
+                        "run_id": {"type": "string"},
+                        "thread_id": {"type": "string"},
+                        "active_run": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
 
 
 def install(app: FastAPI) -> None:
@@ -63,7 +105,15 @@ def problem(
         "detail": detail,
         **{name: value for name, value in members.items() if value is not None},
     }
-    return JSONResponse(body, status, media_type="application/problem+json", headers=headers)
+    return _Problem(body, status, headers=headers)
+
+
+class _Problem(JSONResponse):
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        # ASCII: what a client sent wrong may hold characters that have no UTF-8.
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 async def _ours(request: Request, exc: Exception) -> Response:
@@ -71,25 +121,24 @@ async def _ours(request: Request, exc: Exception) -> Response:
     status = next(status for kind, status in STATUSES if isinstance(exc, kind))
     headers = {"Retry-After": str(exc.retry_after)} if isinstance(exc, Unavailable) else None
     members = {name: getattr(exc, name, None) for name in MEMBERS}
+    if members["run_id"] is None:
+        members["run_id"] = request.path_params.get("run_id")
     return problem(status, exc.code, str(exc), headers=headers, **members)
 
 
 async def _invalid(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
-    errors = [{"field": _field(error["loc"]), "message": error["msg"]} for error in exc.errors()]
+    # A body that cannot be read is malformed, a value that cannot be used is not.
+    for error in exc.errors():
+        if error["type"] == "json_invalid":
+            return problem(400, "invalid_json", f"the body is not JSON: {error['ctx']['error']}")
+    errors = [
+        {"field": _field(error["loc"]), "message": error["msg"].removeprefix("Value error, ")}
+        for error in exc.errors()[:ERRORS_MAX]
+    ]
     first = errors[0]
     detail = f"{first['field']}: {first['message']}"
-    # A body that cannot be read is malformed, a value that cannot be used is not.
-    if any(error["type"] == "json_invalid" for error in exc.errors()):
-        return problem(400, "invalid_json", "the body is not valid JSON", errors=errors)
-    in_path = all(error["loc"][0] == "query" for error in exc.errors())
-    return problem(
-        400 if in_path else 422,
-        "invalid_request",
-        detail,
-        field=first["field"],
-        errors=errors,
-    )
+    return problem(422, "invalid_request", detail, field=first["field"], errors=errors)
 
 
 async def _http(request: Request, exc: Exception) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -15,32 +16,51 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from runtime.api.dependencies import Services, ServicesDep
+from runtime.api.problems import RESPONSES, BadCursor
 from runtime.api.schemas import (
     CancelRequest,
+    JsonRoute,
     RunInfo,
     RunRequest,
     run_info,
     terminal_data,
     unix_seconds,
 )
-from runtime.api.stream import stream_of
+from runtime.api.stream import NOTHING_MORE, LinesResponse, stream_of
 from runtime.api.submitting import submit_request
 from runtime.engines.base import follow
 from runtime.errors import InvalidRequest, NotFound
-from runtime.events import STORED_TYPES, TERMINAL_TYPES
+from runtime.events import STORED_TYPES, TERMINAL_TYPES, UNSTORED_TYPES
 from runtime.model import Run, RunQuery, RunStatus
 from runtime.transports.ndjson import MEDIA_TYPE
 
-__all__ = ["answer_new_run", "read_cursor", "result_of", "router", "wait_for"]
+__all__ = [
+    "ANSWERED",
+    "NOT_YET",
+    "answer_new_run",
+    "read_cursor",
+    "result_of",
+    "router",
+    "wait_for",
+]
 
-router = APIRouter(prefix="/v1/runs", tags=["runs"])
+router = APIRouter(prefix="/v1/runs", tags=["runs"], route_class=JsonRoute, responses=RESPONSES)
 #: The longest that a request may wait for a result, in seconds.
 WAIT_MAX = 60.0
+
+#: For the OpenAPI document.
+ANSWERED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The run's lines, or its result: what `Accept` and `Prefer` asked for.",
+        "content": {MEDIA_TYPE: {}, "application/json": {"schema": {"type": "object"}}},
+    }
+}
+NOT_YET: dict[int | str, dict[str, Any]] = {202: {"description": "There is no result yet."}}
 
 RunId = Annotated[str, Path(description="A run's id.")]
 
 
-@router.post("", status_code=202, response_model=RunInfo)
+@router.post("", status_code=202, response_model=RunInfo, responses=ANSWERED)
 async def start(
     body: RunRequest,
     request: Request,
@@ -75,23 +95,20 @@ async def index(
     cursor: str | None = None,
 ) -> dict[str, Any]:
     """Runs, newest first, a page at a time."""
-    try:
-        since = unix_seconds(updated_after, "updated_after") if updated_after else None
-    except ValueError:
-        raise InvalidRequest("updated_after", "use RFC 3339 or unix seconds") from None
+    since = unix_seconds(updated_after, "updated_after") if updated_after is not None else None
     query = RunQuery(
         status=status,
         graph=graph,
         thread_id=thread_id,
         updated_after=since,
-        limit=limit,
+        limit=limit + 1,  # one more tells whether there is another page
         cursor=_read_page(cursor),
     )
     runs = await services.engine.search(query)
-    more = len(runs) == limit
+    page = runs[:limit]
     return {
-        "runs": [run_info(run).model_dump() for run in runs],
-        "next_cursor": _page_after(runs[-1]) if more else None,
+        "runs": [run_info(run).model_dump() for run in page],
+        "next_cursor": _page_after(page[-1]) if len(runs) > limit else None,
     }
 
 
@@ -106,12 +123,16 @@ async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
         return run_info(run, result=result)
     position = None
     if run.status is RunStatus.PENDING:
-        waiting = await services.engine.search(RunQuery(status=RunStatus.PENDING, limit=1000))
-        position = sum(other.created_at < run.created_at for other in waiting)
+        older = RunQuery(
+            status=RunStatus.PENDING,
+            limit=services.settings.queue_max,
+            cursor=(run.created_at, run.run_id),
+        )
+        position = len(await services.engine.search(older))
     return run_info(run, queue_position=position)
 
 
-@router.get("/{run_id}/stream")
+@router.get("/{run_id}/stream", response_class=LinesResponse, responses=NOTHING_MORE)
 async def stream(
     run_id: RunId,
     services: ServicesDep,
@@ -134,7 +155,12 @@ async def stream(
 
 
 @router.get("/{run_id}/data/{seq}/{member}")
-async def data(run_id: RunId, seq: int, member: str, services: ServicesDep) -> Response:
+async def data(
+    run_id: RunId,
+    seq: Annotated[int, Path(ge=1, lt=2**53)],
+    member: str,
+    services: ServicesDep,
+) -> Response:
     """A member that was too large for its line."""
     await services.engine.get(run_id)
     body = await services.engine.data(run_id, seq, member)
@@ -144,7 +170,7 @@ async def data(run_id: RunId, seq: int, member: str, services: ServicesDep) -> R
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.get("/{run_id}/wait")
+@router.get("/{run_id}/wait", responses=NOT_YET)
 async def wait(
     run_id: RunId,
     services: ServicesDep,
@@ -155,7 +181,12 @@ async def wait(
     return await result_of(services, run, timeout)
 
 
-@router.post("/{run_id}/cancel", status_code=202)
+@router.post(
+    "/{run_id}/cancel",
+    status_code=202,
+    response_model=RunInfo,
+    responses={200: {"description": "The run has ended: its result."}},
+)
 async def cancel(
     run_id: RunId, services: ServicesDep, body: CancelRequest | None = None
 ) -> Response:
@@ -171,6 +202,7 @@ async def result_of(services: Services, run: Run, seconds: float) -> Response:
     """The terminal line's data plus the run's id, or 202 with where to ask again."""
     data = await wait_for(services, run, min(seconds, WAIT_MAX))
     if data is None:
+        run = await services.engine.get(run.run_id)
         return _accepted({"run_id": run.run_id, "status": run.status}, run)
     body = orjson.dumps({"run_id": run.run_id, "thread_id": run.thread_id, **data})
     headers = {"X-Run-Id": run.run_id, "Cache-Control": "no-store"}
@@ -197,29 +229,18 @@ def read_cursor(value: str | None, run: Run) -> int:
         return 0
     if value == "latest":
         return run.last_seq
-    if not re.fullmatch(r"\d{1,18}", value):
+    if not re.fullmatch("[0-9]{1,18}", value):
         raise BadCursor(value)
     return int(value)
 
 
-class BadCursor(InvalidRequest):
-    """`after` is neither a number nor `latest`."""
-
-    code = "invalid_cursor"
-
-    def __init__(self, value: str) -> None:
-        super().__init__("after", f"{value!r} is not a cursor; use a seq, 0 or 'latest'")
-
-
 def _read_types(types: str | None) -> frozenset[str] | None:
-    if types is None or not types.strip():
-        return None
-    chosen = frozenset(part.strip() for part in types.split(",") if part.strip())
-    if unknown := sorted(chosen - set(STORED_TYPES)):
+    chosen = frozenset(part.strip() for part in (types or "").split(",") if part.strip())
+    if unknown := sorted(chosen - {*STORED_TYPES, *UNSTORED_TYPES}):
         raise InvalidRequest(
             "types", f"{unknown[0]!r} is no line type; known: {', '.join(STORED_TYPES)}"
         )
-    return chosen
+    return chosen or None
 
 
 def _preferred_wait(prefer: str | None) -> float | None:
@@ -227,11 +248,12 @@ def _preferred_wait(prefer: str | None) -> float | None:
         name, _, value = part.strip().partition("=")
         if name == "wait":
             try:
-                return float(value or WAIT_MAX)
+                seconds = float(value or WAIT_MAX)
             except ValueError:
-                raise InvalidRequest(
-                    "Prefer", f"wait={value!r} is not a number of seconds"
-                ) from None
+                seconds = math.nan
+            if not 0 <= seconds < math.inf:
+                raise InvalidRequest("Prefer", f"wait={value!r} is not a number of seconds")
+            return seconds
     return None
 
 
@@ -249,6 +271,8 @@ def _read_page(cursor: str | None) -> tuple[float, str] | None:
         return None
     try:
         created, _, run_id = base64.urlsafe_b64decode(cursor).decode().partition("|")
-        return float(created), run_id
+        if math.isfinite(at := float(created)):
+            return at, run_id
     except (ValueError, binascii.Error):
-        raise InvalidRequest("cursor", "use next_cursor of the page before") from None
+        pass
+    raise InvalidRequest("cursor", "use next_cursor of the page before")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import orjson
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from runtime.errors import InvalidRequest
 from runtime.events import rfc3339
 from runtime.model import MODES, Run
 
 __all__ = [
     "CancelRequest",
     "GraphInfo",
+    "JsonRoute",
     "ResumeRequest",
     "RunInfo",
     "RunRequest",
@@ -27,9 +33,9 @@ __all__ = [
     "run_info",
 ]
 
-ID = re.compile(r"^[A-Za-z0-9_.:-]{1,128}$")
+ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 #: Reserved for tenants: `tenant::thread`.
-TENANT = re.compile(r"^[a-z0-9-]{1,40}::")
+TENANT = re.compile(r"[a-z0-9-]{1,40}::")
 MAX_DEPTH = 100
 
 Mode = Literal["updates", "values", "messages", "custom"]
@@ -39,20 +45,22 @@ def check_id(value: str | None) -> str | None:
     """An id that a client chose."""
     if value is None:
         return None
-    if not ID.match(value):
+    if not ID.fullmatch(value):
         raise ValueError("use 1 to 128 of the characters A-Z a-z 0-9 _ . : -")
     if TENANT.match(value):
         raise ValueError("an id may not begin with a tenant's name and '::'")
     return value
 
 
-def check_depth(value: Any) -> Any:
-    """JSON that is nested too deeply would exhaust whoever walks it."""
+def check_storable(value: Any) -> Any:
+    """Nested too deeply, it would exhaust whoever walks it; checkpoints hold 64 bits."""
     level, depth = [value], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        if any(type(item) is int and not -(2**63) <= item < 2**64 for item in level):
+            raise ValueError("holds an integer of more than 64 bits; send it as text")
         level = [
             child
             for item in level
@@ -62,8 +70,49 @@ def check_depth(value: Any) -> Any:
     return value
 
 
+class JsonRoute(APIRoute):
+    """A route whose body is read as strictly as the next reader will."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        return strict_json(await self.body())
+
+
+def strict_json(body: bytes) -> Any:
+    """JSON as RFC 8259 has it. Raises json.JSONDecodeError.
+
+    orjson refuses what Python's own parser lets in and no encoder lets out again: NaN, lone
+    surrogates, bytes that are not UTF-8. But it would round a large integer silently.
+    """
+    orjson.loads(body)
+    try:
+        return json.loads(body, parse_float=_finite)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as exc:
+        raise json.JSONDecodeError(str(exc), "", 0) from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    _storable = field_validator("*", mode="before")(check_storable)
 
 
 class Command(_Body):
@@ -72,6 +121,22 @@ class Command(_Body):
     resume: Any = None
     update: dict[str, Any] | None = None
     goto: str | list[str] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Command:
+        if not self.resumes and self.update is None and not self.goto:
+            raise ValueError("give resume, update or goto")
+        return self
+
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Where it goes."""
+        return [self.goto] if isinstance(self.goto, str) else self.goto or ()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it answers an interrupt; null is an answer too."""
+        return "resume" in self.model_fields_set
 
 
 class RunConfig(_Body):
@@ -102,7 +167,6 @@ class RunRequest(_Body):
     metadata: dict[str, Any] | None = None
 
     _ids = field_validator("thread_id")(check_id)
-    _depth = field_validator("input", "context", "metadata", mode="before")(check_depth)
 
     @field_validator("checkpoint_id")
     @classmethod
@@ -145,8 +209,6 @@ class ResumeRequest(_Body):
     stream: list[Mode] | None = None
     deadline_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None = None
 
-    _depth = field_validator("resume", mode="before")(check_depth)
-
 
 class CancelRequest(_Body):
     """Why a run is cancelled, for its terminal line."""
@@ -162,7 +224,6 @@ class SeedRequest(_Body):
     input: dict[str, Any] | None = None
 
     _ids = field_validator("thread_id")(check_id)
-    _depth = field_validator("input", mode="before")(check_depth)
 
 
 class RunInfo(BaseModel):
@@ -233,12 +294,18 @@ def run_info(run: Run, **more: Any) -> RunInfo:
 
 
 def unix_seconds(value: str, name: str) -> float:
-    """An RFC 3339 time or unix seconds, as a client may write it."""
+    """An RFC 3339 time or unix seconds, as a client may write it. Raises InvalidRequest."""
     try:
-        return float(value)
+        seconds = float(value)
     except ValueError:
-        parsed = datetime.fromisoformat(value)
-        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        try:
+            parsed = datetime.fromisoformat(value)
+            seconds = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        except ValueError:
+            seconds = math.nan
+    if not math.isfinite(seconds):
+        raise InvalidRequest(name, f"{value!r} is no time; use RFC 3339 or unix seconds")
+    return seconds
 
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Response
 
 from runtime.api.dependencies import Services, ServicesDep
-from runtime.api.runs import WAIT_MAX, read_cursor, result_of
-from runtime.api.schemas import SeedRequest, check_id
-from runtime.api.stream import stream_of
-from runtime.api.submitting import check_input, latest_run, submit_stored
+from runtime.api.problems import RESPONSES
+from runtime.api.runs import NOT_YET, WAIT_MAX, read_cursor, result_of
+from runtime.api.schemas import JsonRoute, SeedRequest, check_id
+from runtime.api.stream import NOTHING_MORE, LinesResponse, stream_of
+from runtime.api.submitting import default_input, latest_run, submit_stored
 from runtime.errors import (
     Conflict,
     InvalidRequest,
@@ -24,10 +25,10 @@ from runtime.model import SEED, Run
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/api", tags=["seed profile"])
+router = APIRouter(prefix="/api", tags=["seed profile"], route_class=JsonRoute, responses=RESPONSES)
 
 
-@router.get("/stream")
+@router.get("/stream", response_class=LinesResponse, responses=NOTHING_MORE)
 async def attach(
     services: ServicesDep,
     thread_id: str | None = None,
@@ -57,7 +58,7 @@ async def attach(
     return _seed_stream(services, run, graph, 0, heartbeat)
 
 
-@router.post("/stream")
+@router.post("/stream", response_class=LinesResponse)
 @router.post("/run/stream", include_in_schema=False)
 async def start(services: ServicesDep, body: SeedRequest | None = None) -> Response:
     """Start a task and stream it; the same body on its active run attaches."""
@@ -65,7 +66,7 @@ async def start(services: ServicesDep, body: SeedRequest | None = None) -> Respo
     return _seed_stream(services, await _start_or_same(services, body), body.graph, 0, None)
 
 
-@router.post("/run")
+@router.post("/run", responses=NOT_YET)
 async def run(services: ServicesDep, body: SeedRequest | None = None) -> Response:
     """Start a task and wait for its result."""
     started = await _start_or_same(services, body or SeedRequest())
@@ -86,7 +87,7 @@ async def _found(services: Services, thread_id: str | None, run_id: str | None) 
 
 async def _start(services: Services, body: SeedRequest) -> Run:
     graph = _graph(services, body.graph)
-    stored: dict[str, Any] = {"input": _input(graph, body.input), "stream": list(SEED)}
+    stored: dict[str, Any] = {"input": default_input(graph, body.input), "stream": list(SEED)}
     return await submit_stored(services, graph, stored, thread_id=body.thread_id)
 
 
@@ -97,10 +98,9 @@ async def _start_or_same(services: Services, body: SeedRequest) -> Run:
     except ThreadBusy as busy:
         active = await services.engine.get(busy.active_run)
         graph = _graph(services, body.graph)
-        same = active.graph == graph.name and active.request.get("input") == _input(
-            graph, body.input
-        )
-        if not same:
+        asked = {"input": default_input(graph, body.input)}
+        running = {name: value for name, value in active.request.items() if name != "stream"}
+        if active.graph != graph.name or running != asked:
             raise
         return active
 
@@ -112,7 +112,17 @@ def _seed_stream(
         raise OtherGraph(run, graph)
     if "values" not in run.modes:
         raise NotRecorded(run.run_id, "values")
-    return stream_of(services, run, after=after, transport=services.seed, heartbeat_s=heartbeat)
+    transport = services.seed.showing(_public(services, run.graph))
+    return stream_of(services, run, after=after, transport=transport, heartbeat_s=heartbeat)
+
+
+def _public(services: Services, name: str) -> frozenset[str] | None:
+    """The keys of a graph's output schema; None when its state is no object."""
+    try:
+        keys = services.graphs.get(name).graph.output_channels
+    except UnknownGraph:  # served by another configuration
+        return None
+    return None if isinstance(keys, str) else frozenset(keys)
 
 
 class OtherGraph(Conflict):
@@ -132,18 +142,6 @@ def _graph(services: Services, name: str | None) -> LoadedGraph:
     if chosen is None:
         raise UnknownGraph("", ())
     return services.graphs.get(chosen)
-
-
-def _input(graph: LoadedGraph, given: Any) -> Any:
-    """What was given, else the graph's default, else nothing when the graph needs nothing."""
-    if given is not None:
-        check_input(graph, given)
-        return given
-    if graph.default_input is not None:
-        return graph.default_input
-    if required := graph.schema()["input"].get("required"):
-        raise InvalidRequest("input", f"graph {graph.name!r} needs {', '.join(required)}")
-    return {}
 
 
 def _valid_thread(thread_id: str | None) -> None:

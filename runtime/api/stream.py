@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 import structlog
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from runtime.api.dependencies import Services
 from runtime.engines.base import check_cursor, follow
@@ -17,12 +19,20 @@ from runtime.errors import SerenoError
 from runtime.events import TERMINAL_TYPES, unstored
 from runtime.model import Run, StoredLine
 from runtime.transports.base import Transport
+from runtime.transports.ndjson import MEDIA_TYPE
 
-__all__ = ["Lines", "stream_of"]
+__all__ = ["NOTHING_MORE", "Lines", "LinesResponse", "stream_of"]
 
 CloseReason = Literal[
     "complete", "client_disconnect", "slow_consumer", "server_shutdown", "error", "timeout"
 ]
+
+#: For the OpenAPI document: what a stream answers besides its lines.
+NOTHING_MORE: dict[int | str, dict[str, Any]] = {
+    204: {"description": "The cursor is the terminal line's: `X-Run-Status` says how it ended."}
+}
+#: Seconds that a timer may go off before its time: uvloop counts whole milliseconds.
+EARLY = 0.01
 
 _log = structlog.get_logger("api")
 
@@ -61,6 +71,12 @@ def stream_of(
     )
 
 
+class LinesResponse(Response):
+    """For the OpenAPI document: FastAPI reads a status off its constructor."""
+
+    media_type = MEDIA_TYPE
+
+
 class Lines(Response):
     """One reader of one run. A failure of the delivery is an EOF, never a line."""
 
@@ -91,7 +107,8 @@ class Lines(Response):
         self._heartbeat_s = heartbeat_s
         self._transport = transport
         self._lines = 0
-        self._bytes = 0
+        #: The last seq, lines and bytes that the client has accepted.
+        self._told = (after, 0, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         _log.info(
@@ -104,60 +121,68 @@ class Lines(Response):
         reason: CloseReason = "error"
         gone = asyncio.create_task(_disconnected(receive))
         deliver = asyncio.create_task(self._deliver(send))
+        longest = self._services.settings.stream_max_s or None
         try:
-            await asyncio.wait({gone, deliver}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({gone, deliver}, timeout=longest, return_when=FIRST_COMPLETED)
             if deliver.done():
                 reason = deliver.result()
-            else:
+            elif gone.done():
                 reason = "client_disconnect"
+            else:
+                reason = "timeout"
+                await _cancelled(deliver)
+                await self._send(send, _END)
+        except _Closed as closed:
+            reason = closed.reason
+        except asyncio.CancelledError:
+            reason = "server_shutdown"
+            raise
         finally:
-            for task in (gone, deliver):
-                task.cancel()
-            await asyncio.gather(gone, deliver, return_exceptions=True)
+            await _cancelled(gone, deliver)
+            last_seq, lines, size = self._told
             _log.info(
                 "Stream closed",
                 event_type="stream.closed",
                 run_id=self._run.run_id,
                 thread_id=self._run.thread_id,
                 reason=reason,
-                events=self._lines,
-                bytes=self._bytes,
+                events=lines,
+                bytes=size,
                 from_seq=self._from,
-                last_seq=self._after,
+                last_seq=last_seq,
             )
 
     async def _deliver(self, send: Send) -> CloseReason:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        opened = time.monotonic()
-        longest = self._services.settings.stream_max_s
-        chunks = self._chunks()
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
         reason: CloseReason = "complete"
         try:
-            async for chunk in chunks:
-                try:
-                    async with asyncio.timeout(self._services.settings.write_timeout_s):
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                except TimeoutError:
-                    # Its buffers are full: an end would not get through either.
-                    raise _SlowConsumer from None
-                self._bytes += len(chunk)
-                if longest and time.monotonic() - opened > longest:
-                    reason = "timeout"
-                    break
-        except _SlowConsumer:
-            return "slow_consumer"
+            async with contextlib.aclosing(self._chunks()) as chunks:
+                async for chunk in chunks:
+                    await self._send(send, _body(chunk))
+                    self._told = (self._after, self._lines, self._told[2] + len(chunk))
+        except _Closed as closed:
+            if closed.reason != "server_shutdown":  # an end would not get through either
+                raise
+            reason = closed.reason
         except SerenoError as exc:
             _log.warning("Stream failed", run_id=self._run.run_id, error=str(exc))
             reason = "error"
-        finally:
-            await chunks.aclose()
-        if reason == "complete" and self._services.draining():
-            reason = "server_shutdown"
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send(send, _END)
         return reason
 
+    async def _send(self, send: Send, message: Message) -> None:
+        """Raises _Closed when the client does not take it."""
+        try:
+            async with asyncio.timeout(self._services.settings.write_timeout_s):
+                await send(message)
+        except TimeoutError:
+            raise _Closed("slow_consumer") from None
+        except OSError:
+            raise _Closed("client_disconnect") from None
+
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        """Lines that are ready together leave in one write."""
+        """Lines that are ready together leave in one write. Raises _Closed when draining."""
         engine = self._services.engine
         caught_up = self._run.terminal is not None
         opened_at = self._run.last_seq
@@ -168,30 +193,30 @@ class Lines(Response):
             if not self._following:
                 return
         batches = follow(engine, self._run.run_id, self._after, tick=self._heartbeat_s or None)
-        try:
+        async with contextlib.aclosing(batches):
             async for batch in batches:
-                if batch:
-                    chunk = b""
-                    if not caught_up and batch[-1].seq >= opened_at:
-                        seen = [line for line in batch if line.seq <= opened_at]
-                        batch = batch[len(seen) :]
-                        chunk = self._encoded(seen) + self._caught_up()
-                        caught_up = True
-                        if not self._following:
-                            yield chunk
-                            return
-                    chunk += self._encoded(batch)
-                    if chunk:
-                        spoke = time.monotonic()
+                chunk = b""
+                if not caught_up and batch and batch[-1].seq >= opened_at:
+                    seen = [line for line in batch if line.seq <= opened_at]
+                    batch = batch[len(seen) :]
+                    chunk = self._encoded(seen) + self._caught_up()
+                    caught_up = True
+                    if not self._following:
                         yield chunk
-                elif self._services.draining():
+                        return
+                elif not batch and self._services.draining():
                     yield await self._heartbeat()
-                    return
-                if self._heartbeat_s and time.monotonic() - spoke >= self._heartbeat_s:
+                    raise _Closed("server_shutdown")
+                chunk += self._encoded(batch)
+                if not chunk and self._heartbeat_due(spoke):
+                    chunk = await self._heartbeat()
+                if chunk:
                     spoke = time.monotonic()
-                    yield await self._heartbeat()
-        finally:
-            await batches.aclose()
+                    yield chunk
+
+    def _heartbeat_due(self, spoke: float) -> bool:
+        beat = self._heartbeat_s
+        return beat > 0 and time.monotonic() - spoke >= beat - EARLY
 
     def _encoded(self, batch: Sequence[StoredLine]) -> bytes:
         if not batch:
@@ -220,8 +245,24 @@ class Lines(Response):
         return self._transport.unstored(line)
 
 
-class _SlowConsumer(Exception):
-    pass
+def _body(chunk: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": chunk, "more_body": more}
+
+
+_END = _body(b"", more=False)
+
+
+class _Closed(Exception):
+    """The delivery ends before the run's last line."""
+
+    def __init__(self, reason: CloseReason) -> None:
+        self.reason = reason
+
+
+async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

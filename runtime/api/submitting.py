@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from langgraph.constants import END
 from pydantic import BaseModel, ValidationError
 
 from runtime.api.dependencies import Services
@@ -14,7 +15,14 @@ from runtime.errors import InvalidRequest, UnknownThread
 from runtime.graphs import LoadedGraph
 from runtime.model import NewRun, Run, RunQuery
 
-__all__ = ["bound_resume", "latest_run", "state_of", "submit_request", "submit_stored"]
+__all__ = [
+    "bound_resume",
+    "default_input",
+    "latest_run",
+    "state_of",
+    "submit_request",
+    "submit_stored",
+]
 
 
 async def submit_request(services: Services, request: RunRequest) -> Run:
@@ -41,11 +49,19 @@ async def submit_request(services: Services, request: RunRequest) -> Run:
     else:
         if request.thread_id is None:
             raise InvalidRequest("thread_id", "a command acts on a thread: name it")
-        if request.command.resume is not None:
+        if unknown := sorted(set(request.command.nodes) - {*graph.nodes, END}):
+            raise InvalidRequest(
+                "command.goto", f"no node {unknown[0]!r}; nodes: {', '.join(graph.nodes)}"
+            )
+        if request.command.resumes:
             state = await state_of(services, graph, request.thread_id)
-            resume = bound_resume(state, request.command.resume)
-            stored["command"] = {**stored["command"], "resume": resume}
+            resume = bound_resume(state, request.command.resume, "command.resume")
             trigger = "resume"
+            if resume is not None:
+                stored["command"] = {**stored["command"], "resume": resume}
+            elif not stored["command"]:
+                del stored["command"]
+                stored["input"] = None
         stored["resumes_digest"] = await _digest_of(services, request.thread_id)
     return await submit_stored(
         services,
@@ -100,7 +116,19 @@ def check_input(graph: LoadedGraph, value: Any) -> None:
             raise InvalidRequest(f"input.{path}" if path else "input", first["msg"]) from exc
 
 
-def bound_resume(state: Any, resume: Any) -> dict[str, Any] | None:
+def default_input(graph: LoadedGraph, given: Any) -> Any:
+    """What was given, else the graph's default, else nothing when the graph needs nothing."""
+    if given is not None:
+        check_input(graph, given)
+        return given
+    if graph.default_input is not None:
+        return graph.default_input
+    if required := graph.schema()["input"].get("required"):
+        raise InvalidRequest("input", f"graph {graph.name!r} needs {', '.join(required)}")
+    return {}
+
+
+def bound_resume(state: Any, resume: Any, field: str = "resume") -> dict[str, Any] | None:
     """An answer by interrupt id, so that it can never meet another question.
 
     None at a static breakpoint, where there is nothing to answer. Raises InvalidRequest.
@@ -109,19 +137,19 @@ def bound_resume(state: Any, resume: Any) -> dict[str, Any] | None:
     if not pending:
         if state.next:
             return None
-        raise InvalidRequest("resume", "no interrupt is pending on this thread")
+        raise InvalidRequest(field, "no interrupt is pending on this thread")
     if isinstance(resume, dict) and resume:
         if unknown := [key for key in resume if key not in pending]:
             if len(unknown) < len(resume) or all(_looks_like_id(key) for key in unknown):
                 raise InvalidRequest(
-                    f"resume.{unknown[0]}",
+                    f"{field}.{unknown[0]}",
                     f"no such interrupt is pending; pending: {', '.join(pending)}",
                 )
         else:
             return resume
     if len(pending) > 1:
         raise InvalidRequest(
-            "resume",
+            field,
             f"{len(pending)} interrupts are pending: answer by id, one of {', '.join(pending)}",
         )
     return {pending[0]: resume}

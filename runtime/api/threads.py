@@ -7,14 +7,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from runtime.api.dependencies import ServicesDep
-from runtime.api.runs import answer_new_run
-from runtime.api.schemas import ResumeRequest, ThreadState
+from runtime.api.problems import RESPONSES
+from runtime.api.runs import ANSWERED, answer_new_run
+from runtime.api.schemas import JsonRoute, ResumeRequest, RunInfo, ThreadState
 from runtime.api.submitting import bound_resume, latest_run, state_of, submit_stored
 from runtime.errors import ThreadBusy
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/threads", tags=["threads"])
+router = APIRouter(
+    prefix="/v1/threads", tags=["threads"], route_class=JsonRoute, responses=RESPONSES
+)
 
 ThreadId = Annotated[str, Path(description="A thread's id.")]
 
@@ -37,7 +40,7 @@ async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
     return Response(services.ndjson.unstored(body), media_type="application/json")
 
 
-@router.post("/{thread_id}/resume", status_code=202)
+@router.post("/{thread_id}/resume", status_code=202, response_model=RunInfo, responses=ANSWERED)
 async def resume(
     thread_id: ThreadId, body: ResumeRequest, request: Request, services: ServicesDep
 ) -> Response:

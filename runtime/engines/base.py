@@ -24,16 +24,19 @@ __all__ = [
     "check_append",
     "check_claim",
     "check_cursor",
+    "check_lines",
     "check_submit",
     "follow",
+    "lets_go",
     "turning_point",
     "void",
 ]
 
 #: Channels of a task's stored writes that are not its result.
 NOT_A_RESULT = (*WRITES_IDX_MAP, "__error_source_node__")
-#: Lines that a tail keeps in memory for its watchers; older ones are read from the log.
+#: Lines, and their bytes, that a tail keeps for its watchers; older ones are read from the log.
 RING = 4096
+RING_BYTES = 16 * 1024 * 1024
 #: Lines that a watcher is given at a time.
 BATCH = 256
 
@@ -86,7 +89,8 @@ class Engine(Protocol):
         """Add lines, and with the last status-changing one the run's status, in one transaction.
 
         Returns at once; the future is done when they are committed. Lines leave in the order of
-        the calls. Fails with LeaseLost when the lease's epoch is not the run's any more.
+        the calls. Fails with LeaseLost when the lease's epoch is not the run's any more, or has
+        given it back.
         """
         ...
 
@@ -110,6 +114,8 @@ class Engine(Protocol):
         self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
     ) -> BaseCheckpointSaver[Any]:
         """A LangGraph saver whose writes are fenced by the lease; without one it only reads.
+
+        A write raises LeaseLost when the lease is lost, RuntimeError when there is none.
 
         `before_write(progress)` is called before each write is posted, so that lines go first;
         `progress` says that it is a new checkpoint of the root graph.
@@ -138,7 +144,7 @@ class Checkpointed:
         #: Task ids with a stored result.
         self.stored = stored
         #: Checkpoint namespace → the step of its latest checkpoint.
-        self.steps = {ns: int(metadata["step"]) for ns, (_, metadata) in latest.items()}
+        self.steps = {ns: int(metadata.get("step", -2)) for ns, (_, metadata) in latest.items()}
         root = latest.get("")
         #: The root graph's latest checkpoint, and the run that wrote it.
         self.checkpoint_id = root[0] if root else None
@@ -173,10 +179,22 @@ def check_claim(seen: Run, current: Run | None, holder: str | None, now: float) 
         raise ThreadBusy(seen.thread_id, holder)
 
 
-def check_append(run: Run | None, run_id: str, epoch: int) -> None:
-    """The fence: only the current epoch writes, and nothing follows a terminal line."""
-    if run is None or run.epoch != epoch or run.terminal is not None:
-        raise LeaseLost(run_id, epoch)
+def check_append(run: Run | None, lease: Lease) -> None:
+    """The fence: only the current epoch writes, until its run has ended or was given back."""
+    if run is None or run.epoch != lease.epoch or run.lease_owner != lease.owner:
+        raise LeaseLost(lease.run_id, lease.epoch)
+
+
+def check_lines(run_id: str, epoch: int, last_seq: int, events: Sequence[Event]) -> None:
+    """Lines go on where the log ends, without a gap, and nothing follows what lets go."""
+    for seq, event in enumerate(events, last_seq + 1):
+        if event.seq != seq or (lets_go(event) and event is not events[-1]):
+            raise LeaseLost(run_id, epoch)
+
+
+def lets_go(event: Event) -> bool:
+    """Whether a line gives its epoch's lease back."""
+    return event.terminal or event.type == "run.requeued"
 
 
 def turning_point(events: Iterable[Event]) -> Event | None:
@@ -194,14 +212,29 @@ def turning_point(events: Iterable[Event]) -> Event | None:
 class Tail:
     """What was committed last for one run, and who waits for more."""
 
-    __slots__ = ("last", "lines", "waiters", "watchers")
+    __slots__ = ("calls", "last", "lines", "size", "waiters", "watchers")
 
     def __init__(self) -> None:
-        self.lines: deque[StoredLine] = deque(maxlen=RING)
+        self.lines: deque[StoredLine] = deque()
+        #: Bytes of `lines`.
+        self.size = 0
         #: The seq of the last committed line, 0 before the first one is seen.
         self.last = 0
+        #: How often the watchers were called to look around.
+        self.calls = 0
         self.watchers = 0
-        self.waiters: list[asyncio.Future[None]] = []
+        self.waiters: set[asyncio.Future[None]] = set()
+
+    def add(self, line: StoredLine) -> None:
+        """Keep a committed line, and let the oldest go."""
+        if line.seq != self.last + 1:  # another engine wrote in between
+            self.lines.clear()
+            self.size = 0
+        self.lines.append(line)
+        self.size += len(line.body)
+        self.last = line.seq
+        while len(self.lines) > RING or self.size > RING_BYTES:
+            self.size -= len(self.lines.popleft().body)
 
     def after(self, seq: int) -> Sequence[StoredLine] | None:
         """A batch of the lines after `seq`; None when only the log can tell."""
@@ -211,17 +244,20 @@ class Tail:
         start = len(lines) - (self.last - seq)
         return [lines[i] for i in range(start, min(len(lines), start + BATCH))]
 
-    async def changed(self, seq: int, timeout: float | None) -> None:
-        """Wait until a line after `seq` is committed, or for `timeout` seconds."""
-        if self.last > seq:
+    async def changed(self, seq: int, calls: int, timeout: float | None) -> None:
+        """Wait for a line after `seq`, for a call after the first `calls`, or `timeout` seconds."""
+        if self.last > seq or self.calls > calls:
             return
         waiter = asyncio.get_running_loop().create_future()
-        self.waiters.append(waiter)
-        await asyncio.wait((waiter,), timeout=timeout)
+        self.waiters.add(waiter)
+        try:
+            await asyncio.wait((waiter,), timeout=timeout)
+        finally:
+            self.waiters.discard(waiter)
 
     def wake(self) -> None:
         """Let those go on who wait."""
-        waiters, self.waiters = self.waiters, []
+        waiters, self.waiters = self.waiters, set()
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -239,13 +275,13 @@ class Tails:
         if tail is None:
             return
         for event in events:
-            tail.lines.append(StoredLine(seq=event.seq, type=event.type, body=event.body))
-            tail.last = event.seq
+            tail.add(StoredLine(seq=event.seq, type=event.type, body=event.body))
         tail.wake()
 
     def wake(self) -> None:
         """Let every watcher look around: the server shuts down."""
         for tail in list(self._tails.values()):
+            tail.calls += 1
             tail.wake()
 
     @contextmanager
@@ -268,20 +304,28 @@ async def follow(
 
     Yields an empty batch when it has caught up, and again after every `tick` seconds of silence.
     Ends after the terminal line. A watcher that falls off the ring reads on from the log.
+    Raises UnknownRun.
     """
     with engine.tails.watch(run_id) as tail:
+        known = False
         while True:
+            calls = tail.calls
             batch = tail.after(after)
             if batch is None:
-                batch = await engine.read(run_id, after)
+                batch = await engine.read(run_id, after, BATCH)
             if batch:
                 after = batch[-1].seq
                 yield batch
                 if batch[-1].type in TERMINAL_TYPES:
                     return
             elif tail.last <= after:
+                if not known:  # perhaps the cursor is that of the terminal line
+                    known = True
+                    terminal = (await engine.get(run_id)).terminal
+                    if terminal is not None and terminal <= after:
+                        return
                 yield ()
-                await tail.changed(after, tick)
+                await tail.changed(after, calls, tick)
 
 
 def check_cursor(after: int, last_seq: int) -> None:

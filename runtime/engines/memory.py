@@ -19,11 +19,13 @@ from runtime.engines.base import (
     Tails,
     check_append,
     check_claim,
+    check_lines,
     check_submit,
+    lets_go,
     turning_point,
     void,
 )
-from runtime.errors import LeaseLost, UnknownRun
+from runtime.errors import LeaseLost, StorageFailed, UnknownRun
 from runtime.events import STATUS, Event
 from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
 
@@ -69,7 +71,10 @@ class MemoryEngine:
 
     async def submit(self, new: NewRun, queued: Event) -> Run:
         with self._store.lock:
+            if new.run_id in self._store.runs:
+                raise StorageFailed(f"run {new.run_id!r} is there already")
             check_submit(new.thread_id, self._active(new.thread_id))
+            check_lines(new.run_id, 0, 0, [queued])
             now = self._clock()
             run = Run(
                 run_id=new.run_id,
@@ -118,16 +123,17 @@ class MemoryEngine:
         self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
     ) -> Lease:
         with self._store.lock:
-            now = self._clock()
-            check_claim(run, self._store.runs.get(run.run_id), self._holder(run.thread_id), now)
+            now, current = self._clock(), self._store.runs.get(run.run_id)
+            check_claim(run, current, self._holder(run.thread_id), now)
+            check_lines(run.run_id, run.epoch, run.last_seq, [event])
+            assert current is not None
             claimed = replace(
-                run,
+                current,
                 epoch=run.epoch + 1,
                 lease_owner=owner,
                 lease_until=now + lease_s,
-                crashes=run.crashes + crashed,
-                cancel_reason=self._store.runs[run.run_id].cancel_reason,
-                started_at=run.started_at or now,
+                crashes=current.crashes + crashed,
+                started_at=current.started_at or now,
             )
             self._write(claimed, [event])
         return Lease(run_id=run.run_id, thread_id=run.thread_id, epoch=claimed.epoch, owner=owner)
@@ -137,11 +143,12 @@ class MemoryEngine:
         with self._store.lock:
             until = self._clock() + lease_s
             for lease in leases:
-                run = self._store.runs[lease.run_id]
-                held = run.epoch == lease.epoch and run.lease_owner == lease.owner
-                if held:
-                    self._store.runs[run.run_id] = replace(run, lease_until=until)
-                learnt[lease.run_id] = Renewal(held=held, cancel_reason=run.cancel_reason)
+                run = self._store.runs.get(lease.run_id)
+                if run is None or (run.epoch, run.lease_owner) != (lease.epoch, lease.owner):
+                    learnt[lease.run_id] = Renewal(held=False)
+                    continue
+                self._store.runs[run.run_id] = replace(run, lease_until=until)
+                learnt[lease.run_id] = Renewal(held=True, cancel_reason=run.cancel_reason)
         return learnt
 
     def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
@@ -149,8 +156,9 @@ class MemoryEngine:
         try:
             with self._store.lock:
                 run = self._store.runs.get(lease.run_id)
-                check_append(run, lease.run_id, lease.epoch)
+                check_append(run, lease)
                 assert run is not None
+                check_lines(run.run_id, run.epoch, run.last_seq, events)
                 self._write(run, events)
         except LeaseLost as exc:
             future.set_exception(exc)
@@ -161,15 +169,17 @@ class MemoryEngine:
     async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
         with self._store.lock:
             check_claim(run, self._store.runs.get(run.run_id), None, self._clock())
+            check_lines(run.run_id, run.epoch, run.last_seq, events)
             return self._write(self._store.runs[run.run_id], events)
 
     async def request_cancel(self, run_id: str, reason: str) -> Run:
-        run = await self.get(run_id)
-        if run.terminal is None and run.cancel_reason is None:
-            run = self._store.runs[run_id] = replace(
-                run, cancel_reason=reason, updated_at=self._clock()
-            )
-        return run
+        with self._store.lock:
+            run = await self.get(run_id)
+            if run.terminal is None and run.cancel_reason is None:
+                run = self._store.runs[run_id] = replace(
+                    run, cancel_reason=reason, updated_at=self._clock()
+                )
+            return run
 
     async def read(self, run_id: str, after: int, limit: int = 1000) -> Sequence[StoredLine]:
         return self._store.lines.get(run_id, [])[after : after + limit]
@@ -223,8 +233,6 @@ class MemoryEngine:
         """Lines and what they make of the row, as one step."""
         lines = self._store.lines[run.run_id]
         for event in events:
-            if event.seq != len(lines) + 1:
-                raise LeaseLost(run.run_id, run.epoch)
             lines.append(StoredLine(seq=event.seq, type=event.type, body=event.body))
             for member, value in event.data:
                 self._store.data[run.run_id, event.seq, member] = value
@@ -232,7 +240,7 @@ class MemoryEngine:
         run = replace(run, last_seq=len(lines), updated_at=now)
         if (turn := turning_point(events)) is not None:
             run = replace(run, status=STATUS[turn.type])
-            if turn.terminal or turn.type == "run.requeued":
+            if lets_go(turn):
                 run = replace(run, lease_owner=None, lease_until=None)
             if turn.terminal:
                 run = replace(run, terminal=turn.seq, ended_at=now)
@@ -242,12 +250,13 @@ class MemoryEngine:
 
     def checkpoint_written(self, lease: Lease, *, progress: bool) -> None:
         """The fence of the saver; a new checkpoint of the root is progress after a crash."""
-        run = self._store.runs.get(lease.run_id)
-        check_append(run, lease.run_id, lease.epoch)
-        assert run is not None
-        self._store.runs[run.run_id] = replace(
-            run, applied=True, crashes=0 if progress else run.crashes
-        )
+        with self._store.lock:
+            run = self._store.runs.get(lease.run_id)
+            check_append(run, lease)
+            assert run is not None
+            self._store.runs[run.run_id] = replace(
+                run, applied=True, crashes=0 if progress else run.crashes
+            )
 
 
 class _FencedSaver(InMemorySaver):
@@ -262,18 +271,28 @@ class _FencedSaver(InMemorySaver):
         self._engine = engine
         self._lease = lease
         self._before_write = before_write
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
 
     def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
+        if threading.get_ident() != self._thread:  # a graph that a sync node calls
+            return asyncio.run_coroutine_threadsafe(
+                self.aput(config, checkpoint, metadata, new_versions), self._loop
+            ).result()
         self._fence(progress=not config["configurable"].get("checkpoint_ns"))
         return super().put(config, checkpoint, metadata, new_versions)
 
     def put_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
+        if threading.get_ident() != self._thread:
+            return asyncio.run_coroutine_threadsafe(
+                self.aput_writes(config, writes, task_id, task_path), self._loop
+            ).result()
         self._fence(progress=False)
         super().put_writes(config, writes, task_id, task_path)
 
     def _fence(self, *, progress: bool) -> None:
         if self._lease is None:
-            return
+            raise RuntimeError("this saver has no lease: it only reads")
         if self._before_write is not None:
             self._before_write(progress)
         self._engine.checkpoint_written(self._lease, progress=progress)

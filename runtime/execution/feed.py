@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -21,12 +22,13 @@ from langchain_core.outputs import ChatGenerationChunk
 from langgraph.pregel._messages import StreamMessagesHandler
 
 from runtime.engines.base import Engine
-from runtime.errors import LogLimit
+from runtime.errors import LeaseLost, LogLimit, StorageFailed
 from runtime.events import Event, Sealer
 from runtime.execution.history import History
 from runtime.model import Lease
 from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
+from telemetry.langgraph import NodeWrote, SuperstepEnded, current_attempt
 from telemetry.observations import (
     ATTEMPTS,
     AttemptStarted,
@@ -97,9 +99,9 @@ class Feed:
             run_id=lease.run_id, thread_id=lease.thread_id
         )
 
-        self.modes = {"tasks", "updates", ATTEMPTS} | (modes & {"values", "custom", "messages"})
-        #: Interrupts by id, as they stand in the terminal line.
-        self.interrupts: dict[str, dict[str, Any]] = {}
+        self.modes = {"tasks", "updates", "values", ATTEMPTS} | (modes & {"custom", "messages"})
+        #: The root graph's latest state, as its output schema shows it.
+        self.output: Any = None
         #: Whether the graph asked to stop for a human, or met a static breakpoint.
         self.interrupted = False
         #: The visit whose failure the run may end with.
@@ -113,23 +115,28 @@ class Feed:
 
         self._closed = False
         self._pending: list[Event] = []
+        #: Batches that are posted and not yet committed, oldest first.
+        self._posted: dict[asyncio.Future[None], list[Event]] = {}
+        #: What could not be written, and why: all that was posted behind it could not either.
+        self._unposted: list[Event] = []
+        self._broken: BaseException | None = None
         self._last: Event | None = None
-        self._posting = 0
         self._unwritten = 0
         #: Parts on their way from other threads.
         self._crossing = 0
         self._crossing_lock = threading.Lock()
         #: Whether who writes now waits for room by itself.
         self._patient = False
-        self._bytes = 0
+        self._bytes = history.log_bytes
         self._flush_due = False
         self._wheres: dict[str, tuple[Visit, int, dict[str, Any]]] = {}
-        self._scheduled_visits: dict[str, Visit] = {}
         self._ended_here: dict[str, NodeEnded] = {}
-        self._update: Any = None
+        #: Interrupts by id; which of them the root graph waits for.
+        self._interrupts: dict[str, dict[str, Any]] = {}
+        self._waited_for: list[str] = []
         self._root_step = 0
+        #: The nodes of the root's superstep that are done.
         self._superstep: list[str] = []
-        self._earlier = dict(history.tasks)
         self._entered = not history.has_values
         self._tokens: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
         self._token_timer: asyncio.TimerHandle | None = None
@@ -139,24 +146,43 @@ class Feed:
     # What LangGraph calls.
 
     def __call__(self, part: tuple[Any, str, Any]) -> None:
+        ns, mode, data = part
+        if ns and mode in ("updates", "values"):
+            return
         if threading.get_ident() == self._thread:
             self._part(part)
             return
-        if part[1] == "custom":
-            # The node may change the value after it wrote it.
-            custom: Custom = part[2]
-            value = orjson.loads(self._encoder.encode(custom.value))
-            part = (
-                part[0],
-                part[1],
-                Custom(visit=custom.visit, attempt=custom.attempt, value=value),
-            )
+        if self._closed:
+            self.dropped += 1
+            return
+        part = (ns, mode, self._kept(mode, data))
         # A thread may wait until its lines are written; the loop must not.
         while self._unwritten + self._crossing >= self._limits.unwritten and not self._closed:
             time.sleep(0.002)
         with self._crossing_lock:
             self._crossing += 1
         self._loop.call_soon_threadsafe(self._crossed, part)
+
+    def _kept(self, mode: str, data: Any) -> Any:
+        """What a thread hands over: its node may change the value before the loop encodes it."""
+        if mode == "custom":
+            return Custom(visit=data.visit, attempt=data.attempt, value=self._copied(data.value))
+        if mode == "message":
+            task, attempt, calls, message = data
+            return task, attempt, calls, self._copied(message)
+        if mode == "tasks":
+            return _Task.of(data, self._copied)
+        if isinstance(data, NodeWrote):
+            result = self._result_of(data)
+            return replace(
+                result,
+                update=self._copied(result.update),
+                messages=self._copied(result.messages),
+            )
+        return data
+
+    def _copied(self, value: Any) -> Any:
+        return orjson.loads(self._encoder.encode(value))
 
     def _crossed(self, part: tuple[Any, str, Any]) -> None:
         with self._crossing_lock:
@@ -169,25 +195,22 @@ class Feed:
         if self._closed:
             self.dropped += 1
             return
-        ns, mode, data = part
+        _, mode, data = part
         try:
             if mode == ATTEMPTS:
                 self._observed(data)
             elif mode == "updates":
-                self._update = data
-                if _INTERRUPT in data and not ns:
+                if _INTERRUPT in data:
                     self.interrupted = True
-                elif (data.get("__metadata__") or {}).get("cached"):
-                    self._cached(ns, data)
+                    self._waited_for += [interrupt.id for interrupt in data[_INTERRUPT]]
             elif mode == "tasks":
-                if "result" in data:
-                    self._result(data)
-                else:
-                    self._scheduled(ns, data)
+                self._task(data if isinstance(data, _Task) else _Task.of(data))
             elif mode == "custom":
                 self._custom(data)
-            elif mode == "values" and not ns:
-                self._values(data)
+            elif mode == "values":
+                self.output = data
+                if "values" in self._recorded:
+                    self._values(data)
             elif mode == "token":
                 self._token(*data)
             elif mode == "message":
@@ -200,21 +223,30 @@ class Feed:
 
     def _observed(self, seen: Any) -> None:
         if isinstance(seen, AttemptStarted):
-            visit = seen.visit
-            self._scheduled_visits.pop(visit.task, None)
-            if not visit.path:
-                self._root_step = visit.step
-            self._line("node.started", {}, self._where(visit, seen.attempt))
+            self._visited(seen.visit)
+            self._line("node.started", {}, self._where(seen.visit, seen.attempt))
         elif isinstance(seen, NodeRetrying):
             self._retrying(seen)
         elif isinstance(seen, NodeEnded):
             self._node_ended(seen)
+        elif isinstance(seen, NodeWrote):
+            self._wrote(self._result_of(seen))
+        elif isinstance(seen, _Result):
+            self._wrote(seen)
+        elif isinstance(seen, SuperstepEnded):
+            self._superstep_ended()
         elif isinstance(seen, CallAttemptStarted):
             self._calls[seen.call_id] = {}
         elif isinstance(seen, CallRetrying):
             self._call_retrying(seen)
         elif isinstance(seen, CallAttemptEnded) and seen.outcome != "retried":
             self._calls.pop(seen.call_id, None)
+
+    def _visited(self, visit: Visit) -> None:
+        """The root graph may have gone on to its next superstep."""
+        if not visit.path and visit.step != self._root_step:
+            self._root_step = visit.step
+            self.failure = None
 
     def _retrying(self, seen: NodeRetrying) -> None:
         record = self._history.tasks.get(seen.visit.task)
@@ -234,79 +266,90 @@ class Feed:
     def _node_ended(self, seen: NodeEnded) -> None:
         where = self._where(seen.visit, seen.attempts)
         numbers = {"attempts": seen.attempts, "duration_ms": round(seen.duration_s * 1000, 1)}
+        # What ended inside of it by a command to it has no result of its own.
+        for inner in [e for e in self._ended_here.values() if seen.visit.task in e.visit.path]:
+            self._completed(inner, _Result(visit=inner.visit, cached=False))
         if seen.outcome == "success":
-            # Its result follows; a command to the parent graph has none.
+            # Its result follows.
             self._ended_here[seen.visit.task] = seen
+            if self.failure is not None and seen.visit.task in self.failure.visit.path:
+                self.failure = None
         elif seen.outcome == "interrupted":
             self._line("node.interrupted", numbers, where)
         elif seen.outcome == "cancelled" and not self.draining:
             self._line("node.cancelled", numbers, where)
         elif seen.outcome == "error":
             assert seen.error is not None
-            self.failure = seen
+            # An error passes through the nodes around the one that it is from.
+            if self.failure is None or self.failure.error is not seen.error:
+                self.failure = seen
             self._line("node.failed", {**self._error(seen.error), **numbers}, where)
 
-    def _result(self, data: Mapping[str, Any]) -> None:
-        """A task's writes are known: with them its end."""
-        for interrupt in data["interrupts"]:
-            self.interrupts.setdefault(interrupt["id"], {**interrupt, "task": data["id"]})
-        ended = self._ended_here.pop(data["id"], None)
-        update, self._update = self._update, None
-        if ended is None:
-            return
-        self._completed(ended, (update or {}).get(data["name"]))
-
-    def _completed(self, ended: NodeEnded, update: Any) -> None:
-        data: dict[str, Any] = {"update": update} if "updates" in self._recorded else {}
-        data["attempts"] = ended.attempts
-        data["duration_ms"] = round(ended.duration_s * 1000, 1)
-        self._output_messages(ended.visit, ended.attempts, update)
-        if not ended.visit.path:
-            self._superstep.append(ended.visit.node)
-        self._line("node.completed", data, self._where(ended.visit, ended.attempts))
-
-    def _scheduled(self, ns: Any, data: Mapping[str, Any]) -> None:
-        """Messages that come in are not output of the node that hands them on."""
+    def _task(self, task: _Task) -> None:
+        # Messages that come in are not output of the node that hands them on.
         if "messages" in self._recorded:
-            for message in _messages_in(data.get("input")):
-                if message.id is not None:
-                    self._seen.setdefault(message.id, _NOBODY)
-        visit = Visit(
-            task=data["id"],
-            node=data["name"],
-            ns=tuple(_names(ns)),
-            path=tuple(_ids(ns)),
-            step=-1,
+            for message_id in task.message_ids:
+                self._seen.setdefault(message_id, _NOBODY)
+        for interrupt in task.interrupts:
+            self._interrupts.setdefault(interrupt["id"], {**interrupt, "task": task.id})
+
+    def _result_of(self, wrote: NodeWrote) -> _Result:
+        return _Result(
+            visit=wrote.visit,
+            cached=wrote.cached,
+            update=wrote.update if "updates" in self._recorded else None,
+            messages=[_message_data(message) for message in _messages_in(wrote.update)]
+            if "messages" in self._recorded
+            else (),
         )
-        self._scheduled_visits[visit.task] = visit
 
-    def _cached(self, ns: Any, data: Mapping[str, Any]) -> None:
-        """A result that no call made: from the cache, or from before a crash."""
-        update, self._update = self._update, None
-        for node in update:
-            if node == "__metadata__":
-                continue
-            path = tuple(_ids(ns))
-            for visit in self._scheduled_visits.values():
-                if visit.node == node and visit.path == path:
-                    del self._scheduled_visits[visit.task]
-                    self._reapplied(visit, update[node])
-                    break
+    def _wrote(self, result: _Result) -> None:
+        """A task's writes are known: with them its end."""
+        task = result.visit.task
+        if (ended := self._ended_here.get(task)) is not None:
+            self._completed(ended, result)
+        elif result.cached:
+            self._reapplied(result)
 
-    def _reapplied(self, visit: Visit, update: Any) -> None:
-        earlier = self._earlier.get(visit.task)
+    def _completed(self, ended: NodeEnded, result: _Result) -> None:
+        visit = ended.visit
+        self._ended_here.pop(visit.task, None)
         if not visit.path:
             self._superstep.append(visit.node)
+        numbers = {"attempts": ended.attempts, "duration_ms": round(ended.duration_s * 1000, 1)}
+        self._end_line(result, numbers, self._where(visit, ended.attempts))
+
+    def _reapplied(self, result: _Result) -> None:
+        """A result that no call made: from the cache, or from before a crash."""
+        visit = result.visit
+        self._visited(visit)
+        if not visit.path:
+            self._superstep.append(visit.node)
+        earlier = self._history.tasks.get(visit.task)
         if earlier is not None and not earlier.open:
             return
-        step = earlier.step if earlier is not None else self._step_of(visit)
-        where = {**_where_of(visit), "step": step}
-        data: dict[str, Any] = {"update": update} if "updates" in self._recorded else {}
-        data |= {"recovered": True} if earlier is not None else {"cached": True}
-        self._line("node.completed", {**data, "attempts": 0, "duration_ms": 0.0}, where)
+        numbers = {
+            ("cached" if earlier is None else "recovered"): True,
+            "attempts": 0,
+            "duration_ms": 0.0,
+        }
+        self._end_line(result, numbers, {**_where_of(visit), "step": visit.step})
 
-    def _step_of(self, visit: Visit) -> int:
-        return self._root_step + 1 if not visit.path else 0
+    def _end_line(
+        self, result: _Result, numbers: Mapping[str, Any], where: Mapping[str, Any]
+    ) -> None:
+        """`node.completed`, after the messages that the node returned and no model streamed."""
+        for message in result.messages:
+            if message["message_id"] not in self._seen:
+                self._seen[message["message_id"]] = result.visit
+                self._line("message", message, where)
+        update = {"update": result.update} if "updates" in self._recorded else {}
+        self._line("node.completed", {**update, **numbers}, where)
+
+    @property
+    def interrupts(self) -> dict[str, dict[str, Any]]:
+        """What the root graph waits for, by interrupt id, as it stands in the terminal line."""
+        return {key: self._interrupts[key] for key in self._waited_for if key in self._interrupts}
 
     # What is inside a node.
 
@@ -331,13 +374,16 @@ class Feed:
         )
 
     def _custom(self, custom: Custom) -> None:
-        self._line("custom", {"value": custom.value}, self._where(custom.visit, custom.attempt))
+        if (known := self._current(custom.visit.task, custom.attempt)) is not None:
+            self._line("custom", {"value": custom.value}, known[1])
 
-    def _token(self, task: str, call_ids: tuple[str, ...], message_id: str, text: str) -> None:
-        known = self._wheres.get(task)
+    def _token(
+        self, task: str, attempt: int | None, call_ids: Sequence[str], message_id: str, text: str
+    ) -> None:
+        known = self._current(task, attempt)
         if known is None:
             return
-        visit, _, where = known
+        visit, where = known
         self._message_made(message_id, visit, call_ids)
         if message_id not in self._tokens:
             self._tokens[message_id] = (where, [])
@@ -345,25 +391,25 @@ class Feed:
         if self._token_timer is None:
             self._token_timer = self._loop.call_later(self._token_s, self._flush_tokens)
 
-    def _message(self, task: str, call_ids: tuple[str, ...], message: BaseMessage) -> None:
-        known = self._wheres.get(task)
-        if known is None or message.id is None:
+    def _message(
+        self, task: str, attempt: int | None, call_ids: Sequence[str], message: Mapping[str, Any]
+    ) -> None:
+        known = self._current(task, attempt)
+        if known is None:
             return
-        visit, _, where = known
-        self._message_made(message.id, visit, call_ids)
-        self._line("message", _message_data(message), where)
+        visit, where = known
+        self._message_made(message["message_id"], visit, call_ids)
+        self._line("message", message, where)
 
-    def _output_messages(self, visit: Visit, attempt: int, update: Any) -> None:
-        """Messages that a node returned and that no model streamed."""
-        if "messages" not in self._recorded:
-            return
-        for message in _messages_in(update):
-            if message.id is None or message.id in self._seen:
-                continue
-            self._seen[message.id] = visit
-            self._line("message", _message_data(message), self._where(visit, attempt))
+    def _current(self, task: str, attempt: int | None) -> tuple[Visit, dict[str, Any]] | None:
+        """Where a task is, unless the attempt is superseded: its body may go on all the same."""
+        record, known = self._history.tasks.get(task), self._wheres.get(task)
+        if record is None or known is None or record.retrying:
+            return None
+        visit, latest, where = known
+        return (visit, where) if attempt in (None, latest) else None
 
-    def _message_made(self, message_id: str, visit: Visit, call_ids: tuple[str, ...]) -> None:
+    def _message_made(self, message_id: str, visit: Visit, call_ids: Sequence[str]) -> None:
         self._seen[message_id] = visit
         for call_id in call_ids:
             if call_id in self._calls:
@@ -387,9 +433,18 @@ class Feed:
             if not self._superstep:
                 return
         self._entered = True
+        self._values_line(values)
+
+    def _values_line(self, values: Any) -> None:
         nodes, self._superstep = self._superstep, []
         where = {"step": self._root_step} if nodes else {"step": 0}
         self._line("values", {"values": values, "nodes": nodes}, where)
+
+    def _superstep_ended(self) -> None:
+        """LangGraph says nothing of the state when a superstep did not change it."""
+        if self._superstep and "values" in self._recorded:
+            self._values_line(self.output)
+        self._superstep.clear()
 
     # Lines.
 
@@ -441,7 +496,7 @@ class Feed:
         if self._unwritten > self._limits.unwritten and not self._patient:
             self._fail(LogLimit(f"more than {self._limits.unwritten} lines are not written yet"))
             return
-        if not self._posting and not self._flush_due:
+        if not self._posted and not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self.flush)
 
@@ -452,10 +507,12 @@ class Feed:
             self._flush_tokens()
         if not self._pending:
             return
+        if self._broken is not None:
+            return
         events, self._pending = self._pending, []
-        self._posting += 1
         posted = self._engine.append(self._lease, events)
-        posted.add_done_callback(lambda future: self._written(future, len(events)))
+        self._posted[posted] = events
+        posted.add_done_callback(self._written)
 
     def before_checkpoint(self, progress: bool) -> None:
         """A checkpoint is never durable before the lines of what it contains."""
@@ -463,12 +520,15 @@ class Feed:
         self._flush_tokens()
         self.flush()
 
-    def _written(self, future: asyncio.Future[None], count: int) -> None:
-        self._posting -= 1
-        self._unwritten -= count
-        if (error := future.exception()) is not None:
+    def _written(self, future: asyncio.Future[None]) -> None:
+        events = self._posted.pop(future)
+        self._unwritten -= len(events)
+        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if error is not None:
+            self._unposted += events
+            self._broken = self._broken or error
             self._fail(error)
-        elif self._pending and not self._posting:
+        elif self._pending and not self._posted:
             self.flush()
 
     def _fail(self, error: BaseException) -> None:
@@ -481,14 +541,18 @@ class Feed:
     def sweep(self) -> None:
         """End what is still open: nothing may be left unsaid before a terminal line."""
         for ended in list(self._ended_here.values()):
-            self._completed(ended, None)
-        self._ended_here.clear()
+            self._completed(ended, _Result(visit=ended.visit, cached=False))
         if self.draining:
             return
+        now = self._clock()
         for record in list(self._history.tasks.values()):
             if record.open and record.task in self._wheres:
                 _, attempt, where = self._wheres[record.task]
-                self._line("node.cancelled", {"attempts": attempt, "duration_ms": 0.0}, where)
+                numbers = {
+                    "attempts": attempt,
+                    "duration_ms": round(max(0.0, now - record.since) * 1000, 1),
+                }
+                self._line("node.cancelled", numbers, where)
 
     @property
     def open_nodes(self) -> list[str]:
@@ -516,7 +580,18 @@ class Feed:
                 type, seq=seq, epoch=self._lease.epoch, ts=now, data=data
             )
             self._history.add(type, seq, now, data)
-        await self._engine.append(self._lease, [*self._pending, self._last])
+        broken = self._broken
+        if broken is not None and self._posted:
+            await asyncio.wait(self._posted)
+        try:
+            await self._engine.append(self._lease, [*self._unposted, *self._pending, self._last])
+        except LeaseLost:
+            if self._posted:
+                await asyncio.wait(self._posted)
+            # Perhaps it was only refused for the lines before it that could not be written.
+            if broken is None and isinstance(self._broken, StorageFailed):
+                raise self._broken from None
+            raise
 
 
 class MessageTap(StreamMessagesHandler):
@@ -546,7 +621,8 @@ class MessageTap(StreamMessagesHandler):
             return
         text, message_id = str(chunk.message.text), chunk.message.id
         if text and message_id:
-            self._feed(((), "token", (task, self._open_calls(), message_id, text)))
+            part = (task, _attempt_of(task), self._open_calls(), message_id, text)
+            self._feed(((), "token", part))
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **kw: Any) -> Any:
         self.metadata.pop(run_id, None)
@@ -554,12 +630,40 @@ class MessageTap(StreamMessagesHandler):
         if task is None or not response.generations or not response.generations[0]:
             return
         message = getattr(response.generations[0][0], "message", None)
-        if message is not None:
-            self._feed(((), "message", (task, self._open_calls(), message)))
+        if message is not None and message.id is not None:
+            part = (task, _attempt_of(task), self._open_calls(), _message_data(message))
+            self._feed(((), "message", part))
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kw: Any) -> Any:
         self.metadata.pop(run_id, None)
         self._tasks.pop(run_id, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What came of a task, as lines tell it."""
+
+    visit: Visit
+    cached: bool
+    update: Any = None
+    messages: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What a part of mode `tasks` tells: a task is about to run, or what it wrote."""
+
+    id: str
+    message_ids: Sequence[str]
+    interrupts: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(
+        cls, data: Mapping[str, Any], copied: Callable[[Any], Any] = lambda value: value
+    ) -> _Task:
+        interrupts = data.get("interrupts") or ()
+        messages = [str(message.id) for message in _messages_in(data.get("input"))]
+        return cls(data["id"], messages, copied(interrupts) if interrupts else ())
 
 
 _NOBODY = Visit(task="", node="", ns=(), path=(), step=0)
@@ -570,12 +674,10 @@ def _task_of(namespace: str | None) -> str:
     return segments[-1].partition(":")[2] if segments else ""
 
 
-def _names(ns: Any) -> list[str]:
-    return [part.partition(":")[0] for part in ns if not part.isdigit()]
-
-
-def _ids(ns: Any) -> list[str]:
-    return [part.partition(":")[2] for part in ns if not part.isdigit()]
+def _attempt_of(task: str) -> int | None:
+    """The attempt that the current code is in; None when a thread of its own has lost it."""
+    attempt = current_attempt.get()
+    return attempt.number if attempt is not None and attempt.visit.task == task else None
 
 
 def _where_of(visit: Visit) -> dict[str, Any]:
@@ -588,22 +690,29 @@ def _where_of(visit: Visit) -> dict[str, Any]:
 
 
 def _messages_in(value: Any) -> list[BaseMessage]:
-    """Messages in a node's input or update: itself, its values, and their items."""
+    """Messages with an id in a node's input or update: itself, its values, and their items."""
+    return [
+        message
+        for message in _found_in(value, 3)
+        if message.id is not None and message.type != "remove"
+    ]
+
+
+def _found_in(value: Any, depth: int) -> Iterable[BaseMessage]:
     if isinstance(value, BaseMessage):
-        return [value]
+        yield value
+        return
     if isinstance(value, dict):
-        values = list(value.values())
+        items: Iterable[Any] = list(value.values())
     elif isinstance(value, (list, tuple)):
-        values = list(value)
+        items = list(value)
+    elif depth == 3 and hasattr(value, "__dict__"):
+        items = list(vars(value).values())
     else:
-        values = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    found: list[BaseMessage] = []
-    for item in values:
-        if isinstance(item, BaseMessage):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            found.extend(inner for inner in item if isinstance(inner, BaseMessage))
-    return found
+        return
+    if depth:
+        for item in items:
+            yield from _found_in(item, depth - 1)
 
 
 def _message_data(message: BaseMessage) -> dict[str, Any]:

@@ -29,7 +29,11 @@ class TaskRecord:
     first_seq: int
     attempt_seq: int
     attempt: int
+    #: Unix seconds of that first line.
+    since: float
     open: bool = True
+    #: Whether its latest attempt failed and the next one has not started.
+    retrying: bool = False
 
     @property
     def namespace(self) -> str:
@@ -42,6 +46,8 @@ class History:
 
     def __init__(self) -> None:
         self.last_seq = 0
+        #: Bytes of the stored lines.
+        self.log_bytes = 0
         self.tasks: dict[str, TaskRecord] = {}
         self.has_values = False
         self._queued_at: float | None = None
@@ -64,6 +70,7 @@ class History:
             line = orjson.loads(stored.body)
             ts = datetime.fromisoformat(line["ts"]).timestamp()
             history.add(line["type"], line["seq"], ts, line.get("data") or {}, line)
+            history.log_bytes += len(stored.body)
         return history
 
     def add(
@@ -88,6 +95,8 @@ class History:
             assert where is not None
             self._retries += 1
             self._asleep[where["task"]] = ts
+            if (record := self.tasks.get(where["task"])) is not None:
+                record.retrying = True
         elif type in NODE_END_TYPES:
             assert where is not None
             self._nodes += 1
@@ -115,6 +124,7 @@ class History:
         record = self.tasks.get(task)
         if record is not None and record.open:
             record.attempt, record.attempt_seq = where["attempt"], seq
+            record.retrying = False
             return
         self.tasks[task] = TaskRecord(
             task=task,
@@ -125,6 +135,7 @@ class History:
             first_seq=seq,
             attempt_seq=seq,
             attempt=where["attempt"],
+            since=ts,
         )
 
     def _ended(self, seq: int, ts: float, where: Mapping[str, Any]) -> None:
@@ -142,6 +153,7 @@ class History:
                 first_seq=seq,
                 attempt_seq=seq,
                 attempt=0,
+                since=ts,
                 open=False,
             )
 
@@ -181,13 +193,14 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
     """The tasks that will run again because no checkpoint holds them, oldest first.
 
     A task is held when its result is stored, when its graph has a checkpoint of its superstep,
-    or when a call around it is held.
+    or when a call around it is held. Of one that is open there is none: its end would stand in
+    the log before it. (Two graphs that one node calls look the same here, not in the checkpoints.)
     """
 
     def is_held(record: TaskRecord) -> bool:
         return (
             record.task in held.stored
-            or held.steps.get(record.namespace, -2) >= record.step
+            or (not record.open and held.steps.get(record.namespace, -2) >= record.step)
             or any(
                 caller in held.stored
                 or ((around := history.tasks.get(caller)) is not None and is_held(around))

@@ -86,6 +86,8 @@ class Runner:
         self._deadline_in = deadline_in
         #: The task that drives the graph.
         self.drive: asyncio.Task[None] | None = None
+        #: A node that did not stop when it was told to.
+        self.stuck: str | None = None
         self._control = RunControl()
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
         self._output: Any = None
@@ -110,6 +112,8 @@ class Runner:
             if not self._stop.done():
                 self.stop(Stop("deadline"))
             await self._halt(drive, self._stop.result())
+            if not drive.done():
+                self.stuck = next(iter(self.feed.open_nodes), "?")
         outcome = self._outcome(drive)
         if outcome is None:
             self.feed.close()
@@ -175,17 +179,19 @@ class Runner:
 
     async def _stream(self, graph: Any, value: Any, config: dict[str, Any]) -> None:
         context = self.run.request.get("context")
+        # No mode: the feed in the config is the stream, and has all parts before this loop turns.
         parts = graph.astream(
             value,
             config,
             context=context,
-            stream_mode="values",
+            stream_mode=[],
             control=self._control,
             durability=self.run.request.get("durability") or self._settings.durability,
         )
         async with contextlib.aclosing(parts):
-            async for state in parts:
-                self._output = state
+            async for _ in parts:
+                pass
+        self._output = _shown(self.feed.output, graph.output_channels)
 
     async def _input(self, graph: Any, config: dict[str, Any]) -> Any:
         """What to send: the request in the first epoch, else what the checkpoints leave to do."""
@@ -247,8 +253,7 @@ class Runner:
         return self._failed(error)
 
     def _success(self) -> Outcome:
-        output = self._output
-        return Outcome("run.completed", {"status": "success", "output": output})
+        return Outcome("run.completed", {"status": "success", "output": self._output})
 
     def _interrupted(self) -> Outcome:
         return Outcome(
@@ -346,6 +351,13 @@ def _sent(request: Mapping[str, Any]) -> Any:
 
 def _allowed(client: Mapping[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in (client or {}).items() if not k.startswith(RESERVED)}
+
+
+def _shown(state: Any, output: str | Sequence[str]) -> Any:
+    """The part of a state that the graph's output schema shows."""
+    if isinstance(output, str) or not isinstance(state, dict):
+        return state
+    return {name: value for name, value in state.items() if name in output}
 
 
 def _place(config: Mapping[str, Any]) -> Any:

@@ -36,6 +36,7 @@ from runtime.execution.runner import Outcome, Runner, Stop
 from runtime.graphs import Graphs, LoadedGraph
 from runtime.model import Lease, NewRun, Run, RunStatus
 from runtime.settings import Settings
+from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
 from telemetry.langgraph import current_attempt
 
@@ -297,7 +298,18 @@ class Worker:
             graph=run.graph,
             epoch=lease.epoch,
         )
-        runner = self._runner(run, lease, graph, claim, remaining)
+        try:
+            runner = self._runner(run, lease, graph, claim, remaining)
+            outcome = await self._drive(run, runner)
+        except (LeaseLost, StorageFailed):
+            raise
+        except Exception as exc:
+            self._log.exception("Run failed inside Sereno", run_id=run.run_id)
+            outcome = await self._end_broken(run, lease, claim, exc)
+        if outcome is not None:
+            self._tell(run, outcome)
+
+    async def _drive(self, run: Run, runner: Runner) -> Outcome | None:
         self._runners[run.run_id] = runner
         self._observer.claimed(run)
         self._claiming.discard(run.run_id)
@@ -307,13 +319,21 @@ class Worker:
             runner.stop(Stop("drain"))
         token = current_run.set((run.run_id, run.thread_id))
         try:
-            outcome = await runner.execute()
+            return await runner.execute()
         finally:
             current_run.reset(token)
             self._executor.abandon(run.run_id)
             self._abandon(run, runner)
-        if outcome is not None:
-            self._tell(run, outcome)
+
+    async def _end_broken(self, run: Run, lease: Lease, claim: _Claim, exc: Exception) -> Outcome:
+        """A fault of ours ends the run: left alone it would be taken for a crash, and repeated."""
+        now = self._clock()
+        error = {"code": "internal", "error_class": classify(exc), "error_type": error_type(exc)}
+        data = {"final": True, "status": "error", "error": error, **claim.history.statistics(now)}
+        last = (await self._engine.get(run.run_id)).last_seq
+        event = claim.sealer.seal("run.failed", seq=last + 1, epoch=lease.epoch, ts=now, data=data)
+        await self._engine.append(lease, [event])
+        return Outcome("run.failed", data)
 
     def _abandon(self, run: Run, runner: Runner) -> None:
         """A coroutine that swallows its cancellation holds its thread until it returns."""
@@ -321,11 +341,14 @@ class Worker:
         drive = runner.drive
         if drive is None or drive.done():
             return
-        self._swallowers[run.run_id] = (run.thread_id, next(iter(runner.feed.open_nodes), "?"))
+        self._swallowers[run.run_id] = (run.thread_id, runner.stuck or "?")
         drive.add_done_callback(lambda _: self._swallowers.pop(run.run_id, None))
 
     def held(self, thread_id: str) -> tuple[str, str] | None:
         """(run id, node) of an ended run that still executes on the thread."""
+        for runner in self._runners.values():
+            if runner.run.thread_id == thread_id and runner.stuck is not None:
+                return runner.run.run_id, runner.stuck
         for run_id, (thread, node) in self._swallowers.items():
             if thread == thread_id:
                 return run_id, node

@@ -18,8 +18,8 @@ from telemetry.encoding import JsonEncoder
 
 __all__ = ["SeedNdjson"]
 
-#: Converted lines that are kept for the next reader.
-KEPT = 512
+#: Bytes of converted lines that are kept for the next reader.
+KEPT_MAX = 16 * 1024 * 1024
 #: Text for a client: what happened without what it was about.
 _DETAIL = {
     "node_error": "A step of the graph failed.",
@@ -34,6 +34,10 @@ _DETAIL = {
 }
 
 
+#: What stands in a line instead of a large member.
+_ELSEWHERE = frozenset({"$ref", "$truncated"})
+
+
 class SeedNdjson:
     """See `runtime.transports.base.Transport`."""
 
@@ -41,17 +45,25 @@ class SeedNdjson:
 
     def __init__(self, encoder: JsonEncoder) -> None:
         self._encoder = encoder
-        self._kept: OrderedDict[bytes, bytes] = OrderedDict()
+        self._kept = _Kept()
+        self._public: frozenset[str] | None = None
+
+    def showing(self, public: frozenset[str] | None) -> SeedNdjson:
+        """This transport with snapshots of these keys only: the output of one graph."""
+        other = SeedNdjson(self._encoder)
+        other._kept = self._kept
+        other._public = public
+        return other
 
     def stored(self, line: StoredLine) -> bytes:
         if line.type != "values" and line.type not in TERMINAL_TYPES:
             return line.body + b"\n"
         # By its body: a run id and seq are in it.
-        converted = self._kept.get(line.body)
+        key = (line.body, self._public)
+        converted = self._kept.get(key)
         if converted is None:
-            converted = self._kept[line.body] = self._convert(orjson.loads(line.body))
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            converted = self._convert(orjson.loads(line.body))
+            self._kept.put(key, converted)
         return converted
 
     def unstored(self, line: Mapping[str, Any]) -> bytes:
@@ -66,7 +78,7 @@ class SeedNdjson:
                     "type": "snapshot",
                     "event": "superstep.completed",
                     "nodes": data["nodes"],
-                    "snapshot": data["values"],
+                    "snapshot": self._snapshot(data["values"]),
                 }
             )
         final = {
@@ -87,5 +99,29 @@ class SeedNdjson:
         }
         return self._encoded(told) + self._encoded(final)
 
+    def _snapshot(self, values: Any) -> Any:
+        """The public part of a state; one that is too large for a line stays a reference."""
+        if self._public is None or not isinstance(values, dict) or values.keys() & _ELSEWHERE:
+            return values
+        return {name: value for name, value in values.items() if name in self._public}
+
     def _encoded(self, line: Mapping[str, Any]) -> bytes:
         return self._encoder.encode(line) + b"\n"
+
+
+class _Kept:
+    """The lines that were converted last, up to a number of bytes."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[tuple[bytes, object], bytes] = OrderedDict()
+        self._size = 0
+
+    def get(self, key: tuple[bytes, object]) -> bytes | None:
+        return self._lines.get(key)
+
+    def put(self, key: tuple[bytes, object], line: bytes) -> None:
+        self._lines[key] = line
+        self._size += len(key[0]) + len(line)
+        while self._size > KEPT_MAX:
+            (body, _), oldest = self._lines.popitem(last=False)
+            self._size -= len(body) + len(oldest)

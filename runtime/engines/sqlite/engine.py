@@ -15,6 +15,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
@@ -28,11 +29,13 @@ from runtime.engines.base import (
     Checkpointed,
     Tails,
     check_claim,
+    check_lines,
     check_submit,
+    lets_go,
     turning_point,
 )
 from runtime.engines.sqlite.saver import FencedSaver
-from runtime.engines.sqlite.writer import Writer
+from runtime.engines.sqlite.writer import Writer, storage_errors
 from runtime.errors import BadSetting, EngineLocked, LeaseLost, StorageFailed, UnknownRun
 from runtime.events import STATUS, Event
 from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
@@ -78,16 +81,23 @@ class SqliteEngine:
                 stack.callback(self._lock.release)
             schema = files(__package__).joinpath("schema.sql").read_text("utf-8")
             self._writer = Writer(self._path, synchronous=self._synchronous, schema=schema)
+            stack.push_async_callback(self._writer.close)
             try:
-                await asyncio.to_thread(self._writer.open)
+                await self._writer.open()
             except sqlite3.Error as exc:
                 raise StorageFailed(f"{self._path}: {exc}") from exc
-            stack.push_async_callback(asyncio.to_thread, self._writer.close)
             self.log_id = await self._writer.call(self._adopt)
-            self._reader = await stack.enter_async_context(aiosqlite.connect(self._path))
-            await self._reader.execute("PRAGMA query_only=ON")
+            self._reader = await self._open_reader(stack)
+            # Savers leave statements open between two calls, and may only see each other's past.
+            self._saver_reader = await self._open_reader(stack)
+            self._saver_lock = asyncio.Lock()
             self._stack = stack.pop_all()
         return self
+
+    async def _open_reader(self, stack: contextlib.AsyncExitStack) -> aiosqlite.Connection:
+        reader = await stack.enter_async_context(aiosqlite.connect(self._path))
+        await reader.execute_fetchall("PRAGMA query_only=ON")
+        return reader
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
@@ -98,6 +108,9 @@ class SqliteEngine:
             "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('schema', ?)",
             (uuid.uuid4().hex, SCHEMA_VERSION),
         )
+        columns = {row[1] for row in db.execute("PRAGMA table_info(writes)")}
+        if "task_path" not in columns:  # a file of an older saver
+            db.execute("ALTER TABLE writes ADD COLUMN task_path TEXT NOT NULL DEFAULT ''")
         meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
         if meta["schema"] != SCHEMA_VERSION:
             raise StorageFailed(
@@ -116,6 +129,7 @@ class SqliteEngine:
                 (new.thread_id,),
             ).fetchone()
             check_submit(new.thread_id, _run(active) if active else None)
+            check_lines(new.run_id, 0, 0, [queued])
             now = self._clock()
             db.execute(
                 "INSERT INTO runs (run_id, thread_id, graph, graph_digest, request, status, "
@@ -202,6 +216,7 @@ class SqliteEngine:
                 (run.thread_id,),
             ).fetchone()
             check_claim(run, _current(db, run.run_id), holder[0] if holder else None, now)
+            check_lines(run.run_id, run.epoch, run.last_seq, [event])
             db.execute(
                 "UPDATE runs SET epoch = epoch + 1, lease_owner = ?, lease_until = ?, "
                 "crashes = crashes + ?, started_at = coalesce(started_at, ?) WHERE run_id = ?",
@@ -233,7 +248,8 @@ class SqliteEngine:
 
     def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
         def add(db: sqlite3.Connection) -> None:
-            self._fence(db, lease.run_id, lease.epoch, events[0].seq)
+            last_seq = self._fence(db, lease)
+            check_lines(lease.run_id, lease.epoch, last_seq, events)
             self._write(db, lease.run_id, events)
 
         return self._writer.call(add, self._publish(lease.run_id, events))
@@ -241,6 +257,7 @@ class SqliteEngine:
     async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
         def add(db: sqlite3.Connection) -> Run:
             check_claim(run, _current(db, run.run_id), None, self._clock())
+            check_lines(run.run_id, run.epoch, run.last_seq, events)
             self._write(db, run.run_id, events)
             current = _current(db, run.run_id)
             assert current is not None
@@ -280,20 +297,21 @@ class SqliteEngine:
     def checkpointer(
         self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
     ) -> BaseCheckpointSaver[Any]:
-        fence = None
-        if lease is not None:
-            run_id, epoch = lease.run_id, lease.epoch
-
-            def fence(db: sqlite3.Connection, progress: bool) -> None:
-                self._fence(db, run_id, epoch)
-                db.execute(
-                    "UPDATE runs SET applied = 1, crashes = CASE WHEN ? THEN 0 ELSE crashes END "
-                    "WHERE run_id = ? AND (applied = 0 OR crashes > 0)",
-                    (progress, run_id),
-                )
+        def fence(lease: Lease, db: sqlite3.Connection, progress: bool) -> None:
+            self._fence(db, lease)
+            db.execute(
+                "UPDATE runs SET applied = 1, crashes = CASE WHEN ? THEN 0 ELSE crashes END "
+                "WHERE run_id = ? AND (applied = 0 OR crashes > 0)",
+                (progress, lease.run_id),
+            )
 
         return FencedSaver(
-            self._reader, self._writer, serde=self._serde, fence=fence, before_write=before_write
+            self._saver_reader,
+            self._writer,
+            lock=self._saver_lock,
+            serde=self._serde,
+            fence=partial(fence, lease) if lease is not None else None,
+            before_write=before_write,
         )
 
     async def checkpointed(self, thread_id: str) -> Checkpointed:
@@ -309,7 +327,7 @@ class SqliteEngine:
         )
         return Checkpointed(
             {task for (task,) in stored},
-            {ns: (newest, json.loads(metadata)) for ns, newest, metadata in latest},
+            {ns: (newest, json.loads(metadata or "{}")) for ns, newest, metadata in latest},
         )
 
     async def writable(self) -> bool:
@@ -338,21 +356,21 @@ class SqliteEngine:
 
     async def _fetch(self, statement: str, values: Sequence[object]) -> list[Any]:
         try:
-            return list(await self._reader.execute_fetchall(statement, values))
-        except sqlite3.Error as exc:
+            with storage_errors():
+                return list(await self._reader.execute_fetchall(statement, values))
+        except ValueError as exc:  # the connection is closed
             raise StorageFailed(str(exc)) from exc
 
     @staticmethod
-    def _fence(
-        db: sqlite3.Connection, run_id: str, epoch: int, first_seq: int | None = None
-    ) -> None:
+    def _fence(db: sqlite3.Connection, lease: Lease) -> int:
+        """The seq of the last line, if the lease may write. Raises LeaseLost. See check_append."""
         row = db.execute(
-            "SELECT epoch, terminal, last_seq FROM runs WHERE run_id = ?", (run_id,)
+            "SELECT last_seq FROM runs WHERE run_id = ? AND epoch = ? AND lease_owner = ?",
+            (lease.run_id, lease.epoch, lease.owner),
         ).fetchone()
-        if row is None or row[0] != epoch or row[1] is not None:
-            raise LeaseLost(run_id, epoch)
-        if first_seq is not None and first_seq != row[2] + 1:
-            raise LeaseLost(run_id, epoch)
+        if row is None:
+            raise LeaseLost(lease.run_id, lease.epoch)
+        return int(row[0])
 
     def _write(self, db: sqlite3.Connection, run_id: str, events: Sequence[Event]) -> None:
         """Lines and what they make of the row, in one transaction."""
@@ -364,7 +382,7 @@ class SqliteEngine:
                 "UPDATE runs SET last_seq = ?, updated_at = ? WHERE run_id = ?", (last, now, run_id)
             )
             return
-        let_go = turn.terminal or turn.type == "run.requeued"
+        let_go = lets_go(turn)
         db.execute(
             "UPDATE runs SET last_seq = ?, updated_at = ?, status = ?, terminal = ?, ended_at = ?, "
             "lease_owner = CASE WHEN ? THEN NULL ELSE lease_owner END, "
@@ -405,21 +423,23 @@ class _FileLock:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as exc:
             raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
+        try:
+            while not _locked(file):
                 if not wait:
                     holder = os.pread(file, 32, 0).decode("ascii", "replace").strip()
-                    os.close(file)
                     raise EngineLocked(
                         f"{self._path}: process {holder or '?'} owns this store; stop it, use "
                         "another SERENO_ENGINE, or start with --wait-lock"
-                    ) from None
+                    )
                 await asyncio.sleep(0.1)
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        except OSError as exc:
+            os.close(file)
+            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
+        except BaseException:
+            os.close(file)
+            raise
         self._file = file
 
     def release(self) -> None:
@@ -428,15 +448,24 @@ class _FileLock:
             self._file = None
 
 
+def _locked(file: int) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _parse(url: str) -> tuple[Path, str]:
     parts = urlsplit(url)
     path = parts.path.removeprefix("/")
-    if parts.netloc or not path:
+    if parts.netloc or parts.fragment or not path or path == ":memory:":
         raise BadSetting(
             f"SERENO_ENGINE: {url!r} has no path; use sqlite:///./relative.db or "
             "sqlite:////absolute.db"
         )
-    query = parse_qs(parts.query)
+    query = parse_qs(parts.query, keep_blank_values=True)
     synchronous = query.pop("sync", ["normal"])[-1]
     if synchronous not in ("normal", "full") or query:
         raise BadSetting(f"SERENO_ENGINE: {url!r}: only ?sync=normal and ?sync=full are known")

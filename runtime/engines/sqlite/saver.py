@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -11,9 +12,11 @@ import aiosqlite
 from langgraph.checkpoint.base import WRITES_IDX_MAP, CheckpointTuple, get_checkpoint_metadata
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from runtime.engines.sqlite.writer import Writer
+from runtime.engines.sqlite.writer import Writer, storage_errors
 
-__all__ = ["FencedSaver"]
+__all__ = ["Fence", "FencedSaver"]
+
+Fence = Callable[[sqlite3.Connection, bool], None]
 
 _PUT = """
 INSERT OR REPLACE INTO checkpoints
@@ -31,7 +34,10 @@ class FencedSaver(AsyncSqliteSaver):
     """Reads are the library's; what it writes, it posts.
 
     `fence(db, progress)` is called in the transaction of each write and raises LeaseLost;
-    `progress` says that this is a new checkpoint of the root graph.
+    `progress` says that this is a new checkpoint of the root graph. Without it nothing is written.
+
+    `lock` belongs to the connection: while a statement is open, all others on it see the database
+    as it was when that one began.
     """
 
     def __init__(
@@ -39,12 +45,14 @@ class FencedSaver(AsyncSqliteSaver):
         conn: aiosqlite.Connection,
         writer: Writer,
         *,
+        lock: asyncio.Lock,
         serde: Any = None,
-        fence: Callable[[sqlite3.Connection, bool], None] | None = None,
+        fence: Fence | None = None,
         before_write: Callable[[bool], None] | None = None,
     ) -> None:
         super().__init__(conn, serde=serde)
         self.is_setup = True  # the engine's schema has the tables
+        self.lock = lock
         self._writer = writer
         self._fence = fence
         self._before_write = before_write
@@ -63,14 +71,13 @@ class FencedSaver(AsyncSqliteSaver):
             blob,
             described.encode("utf-8", "ignore"),
         )
-        fence, progress = self._fence, not place["checkpoint_ns"]
+        progress = not place["checkpoint_ns"]
+        fence = self._allowed(progress)
 
         def put(db: sqlite3.Connection) -> None:
-            if fence is not None:
-                fence(db, progress)
+            fence(db, progress)
             db.execute(_PUT, row)
 
-        self._check(progress)
         await self._writer.call(put)
         return {
             "configurable": {
@@ -100,14 +107,12 @@ class FencedSaver(AsyncSqliteSaver):
             )
             for index, (channel, value) in enumerate(writes)
         ]
-        fence = self._fence
+        fence = self._allowed(False)
 
         def put(db: sqlite3.Connection) -> None:
-            if fence is not None:
-                fence(db, False)
+            fence(db, False)
             db.executemany(statement, rows)
 
-        self._check(False)
         self._posted.count += 1
         self._writer.post(put, self._posted.written)
 
@@ -120,29 +125,40 @@ class FencedSaver(AsyncSqliteSaver):
 
     async def aget_tuple(self, config: Any) -> CheckpointTuple | None:
         await self._settle()
-        return await super().aget_tuple(config)
+        with storage_errors():
+            return await super().aget_tuple(config)
 
     async def alist(
         self, config: Any, *, filter: Any = None, before: Any = None, limit: int | None = None
     ) -> AsyncIterator[CheckpointTuple]:
         await self._settle()
-        async for item in super().alist(config, filter=filter, before=before, limit=limit):
+        found = super().alist(config, filter=filter, before=before, limit=limit)
+        with storage_errors():
+            items = [item async for item in found]  # the lock is not held while others think
+        for item in items:
             yield item
 
     async def aget_delta_channel_history(self, *, config: Any, channels: Any) -> Any:
         await self._settle()
-        return await super().aget_delta_channel_history(config=config, channels=channels)
+        with storage_errors():
+            return await super().aget_delta_channel_history(config=config, channels=channels)
 
-    def _check(self, progress: bool) -> None:
+    def _allowed(self, progress: bool) -> Fence:
+        """The fence of a write that may be posted now."""
+        if self._fence is None:
+            raise RuntimeError("this saver has no lease: it only reads")
         if self._before_write is not None:
             self._before_write(progress)
         if self._posted.failure is not None:
             raise self._posted.failure
+        return self._fence
 
     async def _settle(self) -> None:
-        """A read sees what was posted before it."""
+        """A read sees what was posted before it, or fails as that did."""
         if self._posted.count:
             await self._writer.call(_nothing)
+        if self._posted.failure is not None:
+            raise self._posted.failure
 
 
 class _Posted:

@@ -7,20 +7,22 @@ import contextlib
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future as ThreadFuture
 from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import SerenoError, StorageFailed
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "storage_errors"]
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
 
 #: Operations of one transaction at most.
 BATCH = 256
+#: Seconds to wait for another process that holds the database.
+BUSY_S = 10.0
 
 
 class _Posted:
@@ -56,12 +58,17 @@ class Writer(threading.Thread):
         self._synchronous = synchronous
         self._schema = schema
         self._inbox: queue.SimpleQueue[_Posted | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._closed = False
         self._opened: ThreadFuture[None] = ThreadFuture()
+        self._ended: ThreadFuture[None] = ThreadFuture()
+        for future in (self._opened, self._ended):
+            future.set_running_or_notify_cancel()  # who waits may be cancelled, they may not
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Start the thread and wait until the schema is there. Raises sqlite3.Error."""
         self.start()
-        self._opened.result()
+        await asyncio.wrap_future(self._opened)
 
     def call(
         self,
@@ -74,59 +81,92 @@ class Writer(threading.Thread):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._inbox.put(_Posted(operation, loop, future, done))
+        self._put(_Posted(operation, loop, future, done))
         return future
 
     def post(self, operation: Operation[Any], done: Callable[[BaseException | None], None]) -> None:
         """Post an operation that nobody waits for: what is posted later commits later."""
-        self._inbox.put(_Posted(operation, asyncio.get_running_loop(), None, done))
+        self._put(_Posted(operation, asyncio.get_running_loop(), None, done))
 
     def call_blocking(self, operation: Operation[T]) -> T:
         """For threads: wait until the operation is committed."""
         future: ThreadFuture[T] = ThreadFuture()
-        self._inbox.put(_Posted(operation, None, future, None))
+        self._put(_Posted(operation, None, future, None))
         return future.result()
 
-    def close(self) -> None:
-        """Commit what was posted, and end the thread."""
-        self._inbox.put(None)
-        self.join()
+    async def close(self) -> None:
+        """Commit what was posted, and end the thread. What is posted later fails."""
+        with self._gate:
+            self._closed = True
+            self._inbox.put(None)
+        if self.ident is not None:
+            await asyncio.wrap_future(self._ended)
+            self.join()
+
+    def _put(self, posted: _Posted) -> None:
+        with self._gate:
+            if not self._closed:
+                self._inbox.put(posted)
+                return
+        posted.error = StorageFailed("it is closed")
+        _deliver([posted])
 
     def run(self) -> None:
         try:
-            db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
+            with contextlib.closing(self._connect()) as db:
+                self._opened.set_result(None)
+                last = False
+                while not last:
+                    batch, last = self._take()
+                    self._commit(db, batch)
+                    _deliver(batch)
+        except BaseException as exc:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(exc)
+        finally:
+            self._ended.set_result(None)
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_S)
+        try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={self._synchronous}")
             db.executescript(self._schema)
-        except BaseException as exc:
-            self._opened.set_exception(exc)
-            return
-        self._opened.set_result(None)
-        with contextlib.closing(db):
-            while (first := self._inbox.get()) is not None:
-                batch, last = [first], False
-                with contextlib.suppress(queue.Empty):
-                    while len(batch) < BATCH:
-                        posted = self._inbox.get_nowait()
-                        if posted is None:
-                            last = True
-                            break
-                        batch.append(posted)
-                self._commit(db, batch)
-                _deliver(batch)
-                if last:
-                    return
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _take(self) -> tuple[list[_Posted], bool]:
+        """What has been posted, and whether it was the last."""
+        batch: list[_Posted] = []
+        posted = self._inbox.get()
+        with contextlib.suppress(queue.Empty):
+            while posted is not None:
+                batch.append(posted)
+                if len(batch) == BATCH:
+                    return batch, False
+                posted = self._inbox.get_nowait()
+            return batch, True
+        return batch, False
 
     def _commit(self, db: sqlite3.Connection, batch: list[_Posted]) -> None:
         """All in one transaction; when one of them breaks it, each in its own."""
-        if not self._try(db, batch) and len(batch) > 1:
+        if batch and not self._try(db, batch) and len(batch) > 1:
             for posted in batch:
                 self._try(db, [posted])
 
     @staticmethod
     def _try(db: sqlite3.Connection, batch: list[_Posted]) -> bool:
+        """One transaction. Whether it is done with: False when one of the operations broke it."""
         try:
             db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as exc:  # whoever tries next would wait as long
+            for posted in batch:
+                posted.error = StorageFailed(str(exc))
+            return True
+        try:
             for posted in batch:
                 posted.error = None
                 try:
@@ -143,6 +183,15 @@ class Writer(threading.Thread):
                     db.execute("ROLLBACK")
             return False
         return True
+
+
+@contextlib.contextmanager
+def storage_errors() -> Iterator[None]:
+    """SQLite's errors as ours."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise StorageFailed(str(exc)) from exc
 
 
 def _deliver(batch: list[_Posted]) -> None:

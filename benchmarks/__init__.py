@@ -1,0 +1,1 @@
+"""Repeatable measurements: ratios between servers within one run, never absolute claims."""

@@ -1,0 +1,81 @@
+"""What goes wrong inside a server on purpose, at exact points, told by files in its folder.
+
+`kill` holds a number N: the process kills itself after its Nth commit from now on; `killed` then
+names what was committed. `full` exists: the file may not grow. A run on a thread `fail-N…` fails
+to commit its Nth write, once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Writes that belong to no run.
+UNCOUNTED = ("writable", "_nothing", "renew", "_adopt")
+MOST_PAGES = 1_073_741_823
+
+
+def install(folder: Path) -> None:
+    """Patch the writer of this process."""
+    from runtime.engines.sqlite import writer
+
+    kill, killed, full = folder / "kill", folder / "killed", folder / "full"
+    committed = 0
+    capped = False
+    written: Counter[str] = Counter()
+    plain = writer.Writer._commit
+
+    def commit(self: Any, db: sqlite3.Connection, batch: list[Any]) -> None:
+        nonlocal committed, capped
+        if full.exists() != capped:
+            capped = not capped
+            pages = db.execute("PRAGMA page_count").fetchone()[0] if capped else MOST_PAGES
+            db.execute(f"PRAGMA max_page_count={pages}")
+        counted = [posted for posted in batch if not _name(posted).startswith(UNCOUNTED)]
+        for posted in counted:
+            thread = _thread(posted.operation)
+            if thread is not None and thread.startswith("fail-"):
+                written[thread] += 1
+                if written[thread] == int(thread.split("-")[1]):
+                    posted.operation = _failing(posted.operation)
+        plain(self, db, batch)
+        if counted and kill.exists():
+            committed += 1
+            if committed == int(kill.read_text()):
+                killed.write_text(", ".join(_name(posted) for posted in counted))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    writer.Writer._commit = commit  # type: ignore[method-assign]
+    if os.environ.get("CHAOS_ONE_BY_ONE"):
+        writer.BATCH = 1
+
+
+def _name(posted: Any) -> str:
+    name: str = posted.operation.__qualname__
+    return name.removeprefix("SqliteEngine.").replace(".<locals>", "")
+
+
+def _thread(operation: Callable[..., Any]) -> str | None:
+    """The thread of the run that a write is for, from what its function holds."""
+    for cell in operation.__closure__ or ():
+        held = cell.cell_contents
+        if isinstance(thread := getattr(held, "thread_id", None), str):
+            return thread
+        if isinstance(held, list) and held and isinstance(held[0], tuple):
+            return str(held[0][0])
+        if isinstance(held, tuple) and held and isinstance(held[0], str):
+            return held[0]
+    return None
+
+
+def _failing(operation: Callable[[sqlite3.Connection], Any]) -> Callable[..., Any]:
+    def fail(db: sqlite3.Connection) -> Any:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    fail.__qualname__ = operation.__qualname__
+    return fail

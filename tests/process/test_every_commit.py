@@ -1,0 +1,222 @@
+"""A process dies after its first commit for a run, after its second, … after its last: whatever
+was committed then, the next process makes the best of it.
+
+One operation a transaction, so that the cuts lie between any two writes: between a checkpoint and
+its line, after a resume's first write, before the first checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import pytest
+from lines import completed, customs, recoveries, supersteps, texts, violations
+from server import Line, Reader, Server, stored, until, whole
+
+ALL = ["updates", "values", "messages", "custom"]
+
+
+@dataclass
+class Ended:
+    """A run that ended, in one process or in two."""
+
+    thread: str
+    lines: list[Line]
+    #: Nodes by how often they were entered.
+    marks: Counter[str]
+    problems: list[str] = field(default_factory=list)
+
+    def differences(self, undisturbed: Ended) -> Iterator[str]:
+        """What a client or a node's author would notice."""
+        for what in (texts, customs, completed, supersteps, _outcome):
+            mine, usual = what(self.lines), what(undisturbed.lines)
+            if mine != usual:
+                yield f"{what.__name__} {mine} instead of {usual}"
+        starts, usual_starts = _starts(self.lines, 9), _starts(undisturbed.lines, 9)
+        known = _starts(self.lines, 1)
+        for node, count in undisturbed.marks.items():
+            # A start whose line was not committed is a start all the same.
+            unseen = max(0, usual_starts[node] - known[node])
+            if not count <= self.marks[node] <= starts[node] + unseen:
+                yield f"{node} ran {self.marks[node]} times with {starts[node]} starts"
+
+    def repeated_supersteps(self) -> list[str]:
+        """Lost tasks of supersteps that were followed by another one."""
+        repeated = []
+        for recovery in recoveries(self.lines):
+            at = next(line["seq"] for line in self.lines if line["data"] is recovery)
+            seen = [line for line in self.lines[: at - 1] if line["type"] == "node.started"]
+            for lost in recovery["lost"]:
+                mine = next(line for line in seen if line["task"] == lost["task"])
+                later = [s for s in seen if s["path"] == mine["path"] and s["step"] > mine["step"]]
+                if later:
+                    repeated.append(f"{lost['node']} though {later[0]['node']} had begun")
+        return repeated
+
+
+def _outcome(lines: list[Line]) -> Any:
+    data = lines[-1]["data"]
+    asked = [i["value"] for i in data.get("interrupts", ())]
+    return lines[-1]["type"], data.get("output"), asked, data.get("next")
+
+
+def _starts(lines: list[Line], epoch: int) -> Counter[str]:
+    return Counter(
+        line["node"] for line in lines if line["type"] == "node.started" and line["epoch"] <= epoch
+    )
+
+
+def _node(mark: str) -> str:
+    return "thread_work" if mark == "work0" else mark.rstrip("0123456789")
+
+
+class Sweep:
+    """Runs one thing again and again, each time killed a commit later."""
+
+    def __init__(self, server: Server, begin: Callable[[Server, str], str], setup: Any) -> None:
+        self.server = server
+        self._begin = begin
+        self._setup = setup
+
+    def undisturbed(self) -> Ended:
+        """How it goes when nothing happens."""
+        self._setup(self.server, "undisturbed")
+        before = self.server.marks("undisturbed")
+        run_id = self._begin(self.server, "undisturbed")
+        lines = self.server.lines(run_id)
+        assert violations(lines) == []
+        return Ended("undisturbed", lines, self._marks("undisturbed", len(before)))
+
+    def _marks(self, thread: str, skip: int) -> Counter[str]:
+        return Counter(map(_node, self.server.marks(thread)[skip:]))
+
+    def killed_at(self, commit: int) -> Ended | None:
+        """Die after this commit, and let the next process end the run. None: it ended before."""
+        server, thread = self.server, f"killed-{commit}"
+        self._setup(server, thread)
+        skip, earlier = len(server.marks(thread)), server.run_on(thread)
+        (server.folder / "kill").write_text(str(commit))
+        run_id, reader = None, None
+        with contextlib.suppress(httpx2.TransportError):
+            run_id = self._begin(server, thread)
+            reader = Reader(server, run_id)
+            reader.start()
+        until(
+            lambda: server.code is not None or (reader is not None and reader.over),
+            f"{thread} is dead or done",
+        )
+        (server.folder / "kill").unlink()
+        if server.code is None:
+            assert reader is not None
+            reader.join()
+            return None
+        server.start()
+        run_id = run_id or server.run_on(thread)
+        assert run_id is not None
+        assert run_id != earlier
+        raw = whole(server.raw(run_id))
+        ended = Ended(thread, stored(raw), self._marks(thread, skip))
+        ended.problems += violations(ended.lines)
+        if reader is not None:
+            reader.join()
+            seen = reader.whole
+            if not raw.startswith(seen):
+                ended.problems.append(f"other lines than {len(reader.lines)} before the kill")
+            if seen + whole(server.raw(run_id, len(reader.lines))) != raw:
+                ended.problems.append(f"after={len(reader.lines)} does not continue")
+        return ended
+
+    def check(self, extra: Callable[[Ended], Iterator[str]]) -> int:
+        """Kill after every commit; the number of commits. Fails with all that went wrong."""
+        usual, wrong = self.undisturbed(), []
+        for commit in range(1, 100):
+            ended = self.killed_at(commit)
+            if ended is None:
+                break
+            where = f"after commit {commit} ({(self.server.folder / 'killed').read_text()})"
+            problems = [*ended.problems, *ended.differences(usual), *extra(ended)]
+            wrong += [f"{where}: {problem}" for problem in problems]
+        assert not wrong, "\n" + "\n".join(wrong)
+        return commit - 1
+
+
+def _begin(graph: str, **more: Any) -> Callable[[Server, str], str]:
+    return lambda server, thread: server.submit(graph, thread, stream=ALL, **more)
+
+
+def _nothing(server: Server, thread: str) -> None:
+    return None
+
+
+def _interrupted(graph: str, *answers: Any) -> Callable[[Server, str], None]:
+    def setup(server: Server, thread: str) -> None:
+        run_id = server.submit(graph, thread, stream=ALL)
+        assert server.lines(run_id)[-1]["type"] == "run.interrupted"
+        for answer in answers:
+            run_id = server.resume(thread, answer)
+            assert server.lines(run_id)[-1]["type"] == "run.interrupted"
+
+    return setup
+
+
+def _sync_promise(ended: Ended) -> Iterator[str]:
+    yield from ended.repeated_supersteps()
+
+
+def _no_promise(ended: Ended) -> Iterator[str]:
+    return iter(())
+
+
+@pytest.fixture
+def one_by_one(serving: Callable[..., Server]) -> Server:
+    return serving(CHAOS_ONE_BY_ONE="1").start()
+
+
+@pytest.mark.parametrize("graph", ["chain", "fanout", "nested", "asking"])
+def test_a_run_survives_a_kill_after_any_of_its_commits(one_by_one: Server, graph: str) -> None:
+    commits = Sweep(one_by_one, _begin(graph), _nothing).check(_sync_promise)
+
+    assert commits > 8
+
+
+@pytest.mark.parametrize("graph", ["guarded", "guarded_after"])
+def test_a_guarded_node_never_runs_without_approval(one_by_one: Server, graph: str) -> None:
+    def unguarded(ended: Ended) -> Iterator[str]:
+        yield from ended.repeated_supersteps()
+        if ended.marks["dangerous"]:
+            yield "the guarded node ran"
+
+    Sweep(one_by_one, _begin(graph), _nothing).check(unguarded)
+
+
+def test_a_breakpoint_is_passed_once(one_by_one: Server) -> None:
+    def go_on(server: Server, thread: str) -> str:
+        return server.resume(thread, None)
+
+    Sweep(one_by_one, go_on, _interrupted("guarded")).check(_sync_promise)
+
+
+@pytest.mark.parametrize(
+    ("before", "answer"),
+    [
+        pytest.param((), "one", id="first question"),
+        pytest.param(("one",), "two", id="last question"),
+    ],
+)
+def test_an_answer_meets_its_question_and_no_other(
+    one_by_one: Server, before: tuple[str, ...], answer: str
+) -> None:
+    def reply(server: Server, thread: str) -> str:
+        return server.resume(thread, answer)
+
+    Sweep(one_by_one, reply, _interrupted("asking", *before)).check(_sync_promise)
+
+
+@pytest.mark.parametrize("durability", ["async", "exit"])
+def test_weaker_durability_keeps_the_log_whole(one_by_one: Server, durability: str) -> None:
+    Sweep(one_by_one, _begin("chain", durability=durability), _nothing).check(_no_promise)
