@@ -29,7 +29,7 @@ from benchmarks.graphs import EVENTS
 from benchmarks.servers import KINDS
 
 CONCURRENCY = (1, 16, 64)
-STREAMS = 50
+STREAMS = 200
 #: Runs of a burst by concurrency: some seconds each.
 RUNS = {1: 40, 16: 160, 64: 256}
 #: What a node's first line looks like in each kind of stream.

@@ -38,7 +38,7 @@ def sereno(folder: str) -> Any:
     """Sereno as `sereno serve` has it."""
     logs.configure(level="WARNING")
     here = Path(__file__).parent / "graphs.py"
-    settings = load(engine=f"sqlite:///{folder}/sereno.db")
+    settings = load(engine=f"sqlite:///{folder}/sereno.db", slots=256)
     return create_app(settings, [f"{name}={here}:{name}" for name in ("chain", "events", "idle")])
 
 

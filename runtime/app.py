@@ -28,7 +28,13 @@ from runtime.api.schemas import RunRequest
 from runtime.api.submitting import default_input, submit_request
 from runtime.engines.base import Engine, follow
 from runtime.engines.serde import StrictSerializer
-from runtime.errors import BadSetting, InvalidRequest, SeamBroken
+from runtime.errors import (
+    BadSetting,
+    InvalidRequest,
+    SeamBroken,
+    StorageFailed,
+    StoreUnusable,
+)
 from runtime.execution.runner import Outcome
 from runtime.execution.worker import Observer, Worker
 from runtime.graphs import Graphs
@@ -36,6 +42,7 @@ from runtime.model import NewRun, Run
 from runtime.settings import Settings
 from runtime.transports.ndjson import Ndjson
 from runtime.transports.seed import SeedNdjson
+from telemetry import langchain as langchain_seam
 from telemetry import langgraph as langgraph_seam
 from telemetry import logs
 from telemetry import tenacity as tenacity_seam
@@ -103,7 +110,10 @@ async def open_services(
             serde=StrictSerializer.allowing(settings.serde_allow),
             wait_lock=settings.wait_lock,
         )
-        await stack.enter_async_context(store)
+        try:
+            await stack.enter_async_context(store)
+        except StorageFailed as exc:
+            raise StoreUnusable(f"SERENO_ENGINE: {settings.engine}: {exc}") from exc
         worker = Worker(store, graphs, settings, encoder=encoder, observer=RunMetrics(metrics))
         for name in graphs.names():
             metrics.graph(name)
@@ -137,6 +147,7 @@ def observe(settings: Settings) -> None:
     try:
         langgraph_seam.install()
         tenacity_seam.install(guard=settings.tenacity_guard)
+        langchain_seam.install()
     except langgraph_seam.SeamMismatch as exc:
         raise SeamBroken(str(exc)) from exc
 
@@ -253,7 +264,13 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit as exc:  # uvicorn's word for a port that it cannot have
+            raise BadSetting(
+                f"SERENO_PORT: cannot listen on {self.config.host}:{self.config.port}; "
+                "choose another port, or 0 for a free one"
+            ) from exc
         if self.started:
             port = self.servers[0].sockets[0].getsockname()[1]
             _log.info("Serving", host=self.config.host, port=port)

@@ -19,6 +19,7 @@ SerenoError
 ├── LogLimit                  a run wrote more than its budget
 └── StartupError              the server cannot start
     ├── EngineLocked          another process owns the file
+    ├── StoreUnusable         the file is not ours, or cannot be written
     ├── GraphLoadFailed       a graph's file, attribute or factory did not give a graph
     ├── SeamBroken            LangGraph's insides are not those that we know
     └── BadSetting
@@ -45,6 +46,7 @@ __all__ = [
     "SerenoError",
     "StartupError",
     "StorageFailed",
+    "StoreUnusable",
     "ThreadBusy",
     "ThreadHeld",
     "Unavailable",
@@ -227,6 +229,10 @@ class StartupError(SerenoError):
 
 class EngineLocked(StartupError):
     """Another process owns the store."""
+
+
+class StoreUnusable(StartupError):
+    """The store is no store, has another schema, or cannot be written."""
 
 
 class GraphLoadFailed(StartupError):

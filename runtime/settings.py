@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from runtime.errors import BadSetting
@@ -14,6 +13,10 @@ from runtime.errors import BadSetting
 __all__ = ["Durability", "Settings", "load"]
 
 Durability = Literal["sync", "async", "exit"]
+LogLevel = Annotated[
+    Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+    BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
+]
 
 
 class Settings(BaseSettings):
@@ -55,7 +58,7 @@ class Settings(BaseSettings):
     expose_errors: bool = Field(False, description="Send exception messages to clients.")
     serde_allow: str = Field("", description="module:Class,… that checkpoints may hold.")
     tenacity_guard: bool = Field(True, description="Let interrupts pass through a default @retry.")
-    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL.")
 
     @property
     def loopback(self) -> bool:
@@ -73,8 +76,3 @@ def load(**overrides: object) -> Settings:
         first = exc.errors()[0]
         name = "SERENO_" + "_".join(str(part) for part in first["loc"]).upper()
         raise BadSetting(f"{name}: {first['msg']} (got {first.get('input')!r})") from exc
-
-
-def file_of(url: str) -> Path:
-    """The path of a `sqlite:///path` URL: three slashes are relative, four absolute."""
-    return Path(url.split("?", 1)[0].removeprefix("sqlite:///"))

@@ -6,8 +6,8 @@ the stream of the attempt around it wants messages.
 
 Parts that go into the stream, for the root graph's reader:
 
-    (path, "token",   (task, calls, message_id, text))
-    (path, "message", (task, calls, message))
+    (path, "token",   (task, attempt, calls, message_id, text))
+    (path, "message", (task, attempt, calls, message))
 
 `calls` are the ids of the tenacity operations around the model call, outermost first.
 """
@@ -112,9 +112,9 @@ class _Tap(BaseCallbackHandler, _StreamingCallbackHandler[Any]):
     def on_llm_end(self, response: Any, **kwargs: Any) -> None:
         for generations in response.generations:
             message = getattr(generations[0], "message", None) if generations else None
-            if message is not None:
+            if message is not None and message.id is not None:
                 self._emit("message", message)
 
     def _emit(self, kind: str, *what: Any) -> None:
-        visit = self._attempt.visit
-        self._attempt.stream((visit.path, kind, (visit.task, self._calls, *what)))
+        attempt, visit = self._attempt, self._attempt.visit
+        attempt.stream((visit.path, kind, (visit.task, attempt.number, self._calls, *what)))

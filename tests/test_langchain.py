@@ -75,9 +75,9 @@ async def test_tokens_and_the_whole_message_are_seen_however_a_model_is_called(n
     parts = await parts_of(node, {"attempts", "messages"})
 
     tokens = [data for kind, data in parts if kind == "token"]
-    (message,) = [data[2] for kind, data in parts if kind == "message"]
-    assert "".join(text for _, _, _, text in tokens) == "hello big world" == message.text
-    assert {message_id for _, _, message_id, _ in tokens} == {message.id}
+    (message,) = [data[3] for kind, data in parts if kind == "message"]
+    assert "".join(text for *_, text in tokens) == "hello big world" == message.text
+    assert {data[3] for data in tokens} == {message.id}
     assert parts[-1][0] == "message"
 
 
@@ -105,7 +105,7 @@ async def test_the_operations_around_a_model_call_are_named() -> None:
 
     parts = await parts_of(node, {"attempts", "messages"})
 
-    calls = {data[-1].text: data[1] for kind, data in parts if kind == "message"}
+    calls = {data[-1].text: data[2] for kind, data in parts if kind == "message"}
     assert len(calls["one"]) == 1
     assert calls["two"] == ()
 
@@ -120,7 +120,7 @@ async def test_concurrent_models_do_not_hear_each_other() -> None:
     texts: dict[str, str] = {}
     for kind, data in parts:
         if kind == "token":
-            texts[data[2]] = texts.get(data[2], "") + data[3]
+            texts[data[3]] = texts.get(data[3], "") + data[4]
     assert sorted(texts.values()) == [f"model {i} speaks" for i in range(5)]
 
 

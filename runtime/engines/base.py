@@ -34,6 +34,8 @@ __all__ = [
 
 #: Channels of a task's stored writes that are not its result.
 NOT_A_RESULT = (*WRITES_IDX_MAP, "__error_source_node__")
+#: Types of lines that give their epoch's lease back.
+LETTING_GO = frozenset((*TERMINAL_TYPES, "run.requeued"))
 #: Lines, and their bytes, that a tail keeps for its watchers; older ones are read from the log.
 RING = 4096
 RING_BYTES = 16 * 1024 * 1024
@@ -194,7 +196,7 @@ def check_lines(run_id: str, epoch: int, last_seq: int, events: Sequence[Event])
 
 def lets_go(event: Event) -> bool:
     """Whether a line gives its epoch's lease back."""
-    return event.terminal or event.type == "run.requeued"
+    return event.type in LETTING_GO
 
 
 def turning_point(events: Iterable[Event]) -> Event | None:

@@ -13,13 +13,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from uuid import UUID
+from uuid import uuid4
 
 import orjson
 import structlog
 from langchain_core.messages import BaseMessage
-from langchain_core.outputs import ChatGenerationChunk
-from langgraph.pregel._messages import StreamMessagesHandler
 
 from runtime.engines.base import Engine
 from runtime.errors import LeaseLost, LogLimit, StorageFailed
@@ -28,7 +26,7 @@ from runtime.execution.history import History
 from runtime.model import Lease
 from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
-from telemetry.langgraph import NodeWrote, SuperstepEnded, current_attempt
+from telemetry.langgraph import NodeWrote, SuperstepEnded
 from telemetry.observations import (
     ATTEMPTS,
     AttemptStarted,
@@ -41,7 +39,7 @@ from telemetry.observations import (
     Visit,
 )
 
-__all__ = ["Feed", "Limits", "MessageTap"]
+__all__ = ["Feed", "Limits"]
 
 _INTERRUPT = "__interrupt__"
 
@@ -169,7 +167,7 @@ class Feed:
             return Custom(visit=data.visit, attempt=data.attempt, value=self._copied(data.value))
         if mode == "message":
             task, attempt, calls, message = data
-            return task, attempt, calls, self._copied(message)
+            return task, attempt, calls, self._copied(_message_data(message))
         if mode == "tasks":
             return _Task.of(data, self._copied)
         if isinstance(data, NodeWrote):
@@ -214,7 +212,10 @@ class Feed:
             elif mode == "token":
                 self._token(*data)
             elif mode == "message":
-                self._message(*data)
+                task, attempt, calls, message = data
+                # From this thread it comes as it is, from others copied already.
+                described = _message_data(message) if hasattr(message, "content") else message
+                self._message(task, attempt, calls, described)
         except Exception as exc:
             self._log.exception("Feed failed", mode=mode)
             self._fail(exc)
@@ -298,7 +299,7 @@ class Feed:
             visit=wrote.visit,
             cached=wrote.cached,
             update=wrote.update if "updates" in self._recorded else None,
-            messages=[_message_data(message) for message in _messages_in(wrote.update)]
+            messages=[_message_data(message) for message in _named(_messages_in(wrote.update))]
             if "messages" in self._recorded
             else (),
         )
@@ -594,51 +595,6 @@ class Feed:
             raise
 
 
-class MessageTap(StreamMessagesHandler):
-    """LangChain's callback for what chat models stream: parts `token` and `message` for the feed.
-
-    Subclasses LangGraph's own handler so that LangGraph knows it for one.
-    """
-
-    ignore_chain = True
-
-    def __init__(self, feed: Feed, open_calls: Callable[[], tuple[str, ...]]) -> None:
-        super().__init__(feed, True)
-        self._feed = feed
-        self._open_calls = open_calls
-        self._tasks: dict[UUID, str] = {}
-
-    def on_chat_model_start(
-        self, serialized: Any, messages: Any, *, run_id: UUID, **kw: Any
-    ) -> Any:
-        super().on_chat_model_start(serialized, messages, run_id=run_id, **kw)
-        if (meta := self.metadata.get(run_id)) is not None:
-            self._tasks[run_id] = _task_of(meta[1].get("langgraph_checkpoint_ns"))
-
-    def on_llm_new_token(self, token: Any, *, chunk: Any = None, run_id: UUID, **kw: Any) -> Any:
-        task = self._tasks.get(run_id)
-        if task is None or not isinstance(chunk, ChatGenerationChunk):
-            return
-        text, message_id = str(chunk.message.text), chunk.message.id
-        if text and message_id:
-            part = (task, _attempt_of(task), self._open_calls(), message_id, text)
-            self._feed(((), "token", part))
-
-    def on_llm_end(self, response: Any, *, run_id: UUID, **kw: Any) -> Any:
-        self.metadata.pop(run_id, None)
-        task = self._tasks.pop(run_id, None)
-        if task is None or not response.generations or not response.generations[0]:
-            return
-        message = getattr(response.generations[0][0], "message", None)
-        if message is not None and message.id is not None:
-            part = (task, _attempt_of(task), self._open_calls(), _message_data(message))
-            self._feed(((), "message", part))
-
-    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kw: Any) -> Any:
-        self.metadata.pop(run_id, None)
-        self._tasks.pop(run_id, None)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
     """What came of a task, as lines tell it."""
@@ -662,22 +618,11 @@ class _Task:
         cls, data: Mapping[str, Any], copied: Callable[[Any], Any] = lambda value: value
     ) -> _Task:
         interrupts = data.get("interrupts") or ()
-        messages = [str(message.id) for message in _messages_in(data.get("input"))]
+        messages = [m.id for m in _messages_in(data.get("input")) if m.id is not None]
         return cls(data["id"], messages, copied(interrupts) if interrupts else ())
 
 
 _NOBODY = Visit(task="", node="", ns=(), path=(), step=0)
-
-
-def _task_of(namespace: str | None) -> str:
-    segments = [part for part in (namespace or "").split("|") if part and not part.isdigit()]
-    return segments[-1].partition(":")[2] if segments else ""
-
-
-def _attempt_of(task: str) -> int | None:
-    """The attempt that the current code is in; None when a thread of its own has lost it."""
-    attempt = current_attempt.get()
-    return attempt.number if attempt is not None and attempt.visit.task == task else None
 
 
 def _where_of(visit: Visit) -> dict[str, Any]:
@@ -690,12 +635,16 @@ def _where_of(visit: Visit) -> dict[str, Any]:
 
 
 def _messages_in(value: Any) -> list[BaseMessage]:
-    """Messages with an id in a node's input or update: itself, its values, and their items."""
-    return [
-        message
-        for message in _found_in(value, 3)
-        if message.id is not None and message.type != "remove"
-    ]
+    """Messages in a node's input or update: itself, its values, and their items."""
+    return [message for message in _found_in(value, 3) if message.type != "remove"]
+
+
+def _named(messages: Iterable[BaseMessage]) -> Iterable[BaseMessage]:
+    """Messages that a node has made get their ids now, as in LangGraph's mode `messages`."""
+    for message in messages:
+        if message.id is None:
+            message.id = str(uuid4())
+        yield message
 
 
 def _found_in(value: Any, depth: int) -> Iterable[BaseMessage]:

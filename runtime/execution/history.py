@@ -193,14 +193,25 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
     """The tasks that will run again because no checkpoint holds them, oldest first.
 
     A task is held when its result is stored, when its graph has a checkpoint of its superstep,
-    or when a call around it is held. Of one that is open there is none: its end would stand in
-    the log before it. (Two graphs that one node calls look the same here, not in the checkpoints.)
+    or when a call around it is held. Of one that is open there is no such checkpoint: its end
+    would stand in the log before it.
     """
+    # Of several graphs that one task calls, all but the first have a number in their namespace,
+    # which lines do not tell: what one has a checkpoint of says nothing of the others.
+    several = {plain for ns in held.steps if (plain := _without_numbers(ns)) != ns}
+
+    def has_checkpoint(record: TaskRecord) -> bool:
+        namespace = record.namespace
+        return (
+            not record.open
+            and namespace not in several
+            and held.steps.get(namespace, -2) >= record.step
+        )
 
     def is_held(record: TaskRecord) -> bool:
         return (
             record.task in held.stored
-            or (not record.open and held.steps.get(record.namespace, -2) >= record.step)
+            or has_checkpoint(record)
             or any(
                 caller in held.stored
                 or ((around := history.tasks.get(caller)) is not None and is_held(around))
@@ -212,6 +223,10 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
         (record for record in history.tasks.values() if not is_held(record)),
         key=lambda record: record.first_seq,
     )
+
+
+def _without_numbers(namespace: str) -> str:
+    return "|".join(part for part in namespace.split("|") if not part.isdigit())
 
 
 def _ms(seconds: float) -> float:

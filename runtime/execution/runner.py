@@ -18,13 +18,12 @@ from langgraph.types import Command
 from runtime.engines.base import Engine
 from runtime.engines.serde import StateTypeBlocked
 from runtime.errors import LeaseLost, LogLimit, StorageFailed
-from runtime.execution.feed import Feed, MessageTap
+from runtime.execution.feed import Feed
 from runtime.execution.history import History
 from runtime.graphs import LoadedGraph
 from runtime.model import Lease, Run
 from runtime.settings import Settings
 from telemetry.contract import classify, error_type
-from telemetry.tenacity import open_calls
 
 __all__ = ["Outcome", "Runner", "Stop"]
 
@@ -138,9 +137,6 @@ class Runner:
         """The graph from its input to its end."""
         request = self.run.request
         modes: Any = self.feed.modes
-        callbacks: list[Any] = []
-        if "messages" in self.feed.modes:
-            callbacks.append(MessageTap(self.feed, open_calls.get))
         saver = self._engine.checkpointer(self.lease, before_write=self.feed.before_checkpoint)
         client = request.get("config") or {}
         config: Any = {
@@ -163,7 +159,6 @@ class Runner:
         if client.get("max_concurrency"):
             config["max_concurrency"] = client["max_concurrency"]
         async with self._graph.open(config) as graph:
-            config["callbacks"] = _with_own(graph, callbacks)
             value = await self._input(graph, config)
             if value is None or isinstance(value, Command):
                 allowed = getattr(graph, "_serde_allowlist", None)
@@ -364,16 +359,3 @@ def _place(config: Mapping[str, Any]) -> Any:
     """Where a run's checkpoints are, without its stream."""
     kept = ("thread_id", "__pregel_checkpointer")
     return {"configurable": {k: config["configurable"][k] for k in kept}}
-
-
-def _with_own(graph: Any, callbacks: list[Any]) -> Any:
-    """The callbacks that are bound to the graph, and ours: LangGraph takes one or the other."""
-    bound = (getattr(graph, "config", None) or {}).get("callbacks")
-    if bound is None:
-        return callbacks
-    if isinstance(bound, list):
-        return [*bound, *callbacks]
-    manager = bound.copy()
-    for callback in callbacks:
-        manager.add_handler(callback, inherit=True)
-    return manager

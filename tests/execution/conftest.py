@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import telemetry.langchain
 import telemetry.langgraph
 import telemetry.tenacity
 
@@ -14,6 +15,8 @@ import telemetry.tenacity
 def observed() -> Iterator[None]:
     telemetry.langgraph.install()
     telemetry.tenacity.install()
+    telemetry.langchain.install()
     yield
+    telemetry.langchain.uninstall()
     telemetry.tenacity.uninstall()
     telemetry.langgraph.uninstall()

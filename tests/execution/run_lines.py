@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+import telemetry.langchain
 import telemetry.langgraph
 import telemetry.tenacity
 from runtime.engines.base import Engine, follow
@@ -202,6 +203,7 @@ async def serving(
     clock = clock or Clock()
     telemetry.langgraph.install()
     telemetry.tenacity.install()
+    telemetry.langchain.install()
     async with AsyncExitStack() as stack:
         opened = await stack.enter_async_context(engine or MemoryEngine(store=store, clock=clock))
         defaults = {"token_ms": 0, "executor_threads": 8, "cancel_grace_s": 2}

@@ -1077,7 +1077,7 @@ async def test_an_update_that_a_thread_changes_later_stays_as_it_was() -> None:
         made.append({"n": [1]})
         return {"log": [made[-1]]}
 
-    sub = chain(("inner", inner), checkpointer=False)
+    sub = chain(("inner", inner), checkpointer=False)  # so that it does not wait for the loop
 
     def calls(state: State) -> State:
         held, go_on = threading.Event(), threading.Event()
@@ -1096,6 +1096,6 @@ async def test_an_update_that_a_thread_changes_later_stays_as_it_was() -> None:
         return {"log": []}
 
     loop = asyncio.get_running_loop()
-    lines = await run(chain(("OUT", calls)), INPUT)
+    lines = await run(chain(("OUT", calls)), INPUT, durability="async")
 
     assert lines.one("node.completed", "inner")["data"]["update"] == {"log": [{"n": [1]}]}

@@ -1,13 +1,14 @@
 """What goes wrong inside a server on purpose, at exact points, told by files in its folder.
 
 `kill` holds a number N: the process kills itself after its Nth commit from now on; `killed` then
-names what was committed. `full` exists: the file may not grow. A run on a thread `fail-N…` fails
-to commit its Nth write, once.
+names what was committed. While `full` exists, no file may grow beyond the size that the write-ahead
+log had. A run on a thread `fail-N` fails to commit its Nth write, once.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sqlite3
 from collections import Counter
@@ -17,7 +18,6 @@ from typing import Any
 
 #: Writes that belong to no run.
 UNCOUNTED = ("writable", "_nothing", "renew", "_adopt")
-MOST_PAGES = 1_073_741_823
 
 
 def install(folder: Path) -> None:
@@ -34,8 +34,9 @@ def install(folder: Path) -> None:
         nonlocal committed, capped
         if full.exists() != capped:
             capped = not capped
-            pages = db.execute("PRAGMA page_count").fetchone()[0] if capped else MOST_PAGES
-            db.execute(f"PRAGMA max_page_count={pages}")
+            most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            size = (folder / "s.db-wal").stat().st_size if capped else most
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
         counted = [posted for posted in batch if not _name(posted).startswith(UNCOUNTED)]
         for posted in counted:
             thread = _thread(posted.operation)

@@ -281,9 +281,12 @@ def whole(raw: bytes) -> bytes:
 class Reader(threading.Thread):
     """A client that reads a stream as far as the server lets it. Use as a context manager."""
 
-    def __init__(self, server: Server, run_id: str, after: int = 0, **params: Any) -> None:
+    def __init__(
+        self, server: Server, run_id: str, after: int = 0, *, pause: float = 0, **params: Any
+    ) -> None:
         super().__init__(daemon=True)
         self._url = f"{server.url}/v1/runs/{run_id}/stream"
+        self._pause = pause
         self.after = after
         self._params = {"after": after, "heartbeat": 0, **params}
         self._raw = b""
@@ -306,6 +309,7 @@ class Reader(threading.Thread):
         ):
             for chunk in response.iter_raw():
                 self._raw += chunk
+                time.sleep(self._pause)
             self.eof = True
 
     @property
