@@ -371,15 +371,16 @@ class _Proxy:
             return
         self._open = None
         retry = self._retry(exc, number) if _is_failure(exc, in_thread) else None
-        self._emit(
-            AttemptEnded(
-                visit=self._visit,
-                attempt=number,
-                outcome=_attempt_outcome(exc, retry, in_thread),
-                error=exc if not isinstance(exc, GraphBubbleUp) else None,
-                duration_s=time.perf_counter() - self._opened,
+        if _listeners:  # the stream has no use for it: a line says when the node ends
+            notify(
+                AttemptEnded(
+                    visit=self._visit,
+                    attempt=number,
+                    outcome=_attempt_outcome(exc, retry, in_thread),
+                    error=exc if not isinstance(exc, GraphBubbleUp) else None,
+                    duration_s=time.perf_counter() - self._opened,
+                )
             )
-        )
         if isinstance(retry, NodeRetrying):
             self._emit(retry)
 

@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 #: Channels of a task's stored writes that are not its result.
-NOT_A_RESULT = (*WRITES_IDX_MAP, "__error_source_node__")
+NOT_A_RESULT = tuple(WRITES_IDX_MAP)
 #: Types of lines that give their epoch's lease back.
 LETTING_GO = frozenset((*TERMINAL_TYPES, "run.requeued"))
 #: Lines, and their bytes, that a tail keeps for its watchers; older ones are read from the log.
-RING = 4096
+RING = 1024
 RING_BYTES = 16 * 1024 * 1024
 #: Lines that a watcher is given at a time.
 BATCH = 256
@@ -214,7 +214,7 @@ def turning_point(events: Iterable[Event]) -> Event | None:
 class Tail:
     """What was committed last for one run, and who waits for more."""
 
-    __slots__ = ("calls", "last", "lines", "size", "waiters", "watchers")
+    __slots__ = ("calls", "last", "lines", "living", "size", "waiters", "watchers")
 
     def __init__(self) -> None:
         self.lines: deque[StoredLine] = deque()
@@ -225,6 +225,8 @@ class Tail:
         #: How often the watchers were called to look around.
         self.calls = 0
         self.watchers = 0
+        #: Whether its run began here and has not ended.
+        self.living = False
         self.waiters: set[asyncio.Future[None]] = set()
 
     def add(self, line: StoredLine) -> None:
@@ -271,13 +273,23 @@ class Tails:
     def __init__(self) -> None:
         self._tails: dict[str, Tail] = {}
 
-    def publish(self, run_id: str, events: Iterable[Event]) -> None:
-        """Committed lines for those who watch; a run that nobody watches costs nothing."""
+    def publish(self, run_id: str, events: Sequence[Event]) -> None:
+        """Committed lines for those who watch.
+
+        A run that began here is followed from its first line to its last, so that who asked for it
+        need not read the log. Another one that nobody watches costs nothing.
+        """
         tail = self._tails.get(run_id)
         if tail is None:
-            return
+            if events[0].seq != 1:
+                return
+            tail = self._tails[run_id] = Tail()
+            tail.living = True
         for event in events:
             tail.add(StoredLine(seq=event.seq, type=event.type, body=event.body))
+        if events[-1].terminal:
+            tail.living = False
+            self._let_go(run_id, tail)
         tail.wake()
 
     def wake(self) -> None:
@@ -295,8 +307,11 @@ class Tails:
             yield tail
         finally:
             tail.watchers -= 1
-            if not tail.watchers:
-                del self._tails[run_id]
+            self._let_go(run_id, tail)
+
+    def _let_go(self, run_id: str, tail: Tail) -> None:
+        if not tail.watchers and not tail.living:
+            del self._tails[run_id]
 
 
 async def follow(
@@ -309,7 +324,7 @@ async def follow(
     Raises UnknownRun.
     """
     with engine.tails.watch(run_id) as tail:
-        known = False
+        known = tail.living
         while True:
             calls = tail.calls
             batch = tail.after(after)

@@ -42,6 +42,8 @@ from telemetry.observations import (
 __all__ = ["Feed", "Limits"]
 
 _INTERRUPT = "__interrupt__"
+#: The longest that a line waits for others to be posted with, in seconds.
+FLUSH_S = 0.002
 
 
 class Limits:
@@ -154,8 +156,9 @@ class Feed:
             self.dropped += 1
             return
         part = (ns, mode, self._kept(mode, data))
-        # A thread may wait until its lines are written; the loop must not.
-        while self._unwritten + self._crossing >= self._limits.unwritten and not self._closed:
+        # A thread may wait until its lines are written; the loop must not, so half is for the loop.
+        room = (self._limits.unwritten + 1) // 2
+        while self._unwritten + self._crossing >= room and not self._closed:
             time.sleep(0.002)
         with self._crossing_lock:
             self._crossing += 1
@@ -494,12 +497,17 @@ class Feed:
         self._bytes += event.size
         self._pending.append(event)
         self._unwritten += 1
-        if self._unwritten > self._limits.unwritten and not self._patient:
+        if (
+            self._unwritten > self._limits.unwritten
+            and not self._patient
+            and type in ("custom", "token", "message")
+        ):
             self._fail(LogLimit(f"more than {self._limits.unwritten} lines are not written yet"))
             return
         if not self._posted and not self._flush_due:
             self._flush_due = True
-            self._loop.call_soon(self.flush)
+            # A checkpoint's write mostly comes first, and takes the lines with it.
+            self._loop.call_later(FLUSH_S, self.flush)
 
     def flush(self) -> None:
         """Post what is pending: what is posted later commits later."""

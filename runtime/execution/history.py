@@ -210,7 +210,7 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
 
     def is_held(record: TaskRecord) -> bool:
         return (
-            record.task in held.stored
+            (record.task in held.stored and not record.node.startswith(_HANDLERS))
             or has_checkpoint(record)
             or any(
                 caller in held.stored
@@ -223,6 +223,10 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
         (record for record in history.tasks.values() if not is_held(record)),
         key=lambda record: record.first_seq,
     )
+
+
+#: Nodes that LangGraph makes to handle errors. It runs them again though their result is stored.
+_HANDLERS = ("__error_handler__", "__default_error_handler__")
 
 
 def _without_numbers(namespace: str) -> str:

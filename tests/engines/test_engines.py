@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from runtime import engines
 from runtime.engines import base
-from runtime.engines.base import Engine, check_claim, check_submit, follow
+from runtime.engines.base import Engine, Tails, check_claim, check_submit, follow
 from runtime.engines.serde import StateTypeBlocked, StrictSerializer
 from runtime.errors import BadSetting, LeaseLost, StorageFailed, ThreadBusy, UnknownRun
 from runtime.events import STATUS, TERMINAL_TYPES
@@ -706,13 +706,14 @@ class TestFollow:
         assert [stored.seq for stored in got] == [3]
 
     async def test_a_tick_leaves_nothing_behind(self, engine: Engine) -> None:
-        await claimed(engine)
+        lease = await claimed(engine)
         with engine.tails.watch("r1") as tail:
             async with contextlib.aclosing(follow(engine, "r1", 2, tick=0.001)) as batches:
                 for _ in range(5):
                     await anext(batches)
                 assert not tail.waiters
             assert tail.watchers == 1
+        await engine.append(lease, [line(3, "run.completed")])
         with engine.tails.watch("r1") as fresh:
             assert fresh is not tail
 
@@ -747,6 +748,7 @@ class TestFollow:
         self, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lease = await claimed(engine)
+        engine.tails = Tails()  # the run began before a restart
         read = engine.read
 
         async def late(run_id: str, after: int, limit: int = 1000) -> Any:

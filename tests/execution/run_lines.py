@@ -229,7 +229,7 @@ async def run(
     with listen(seen.append):
         async with serving(graph, **(settings or {})) as server:
             lines = Lines(await server.execute(input, **request), seen)
-            check(lines, dropped=server.worker.fenced_events)
+    check(lines, dropped=server.worker.fenced_events)
     return lines
 
 

@@ -42,7 +42,7 @@ def mark(config: RunnableConfig, node: str) -> Path:
 
 async def enter(config: RunnableConfig, node: str) -> None:
     hold = mark(config, node)
-    while hold.exists():
+    while hold.exists():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -169,7 +169,6 @@ def after(state: State, config: RunnableConfig) -> State:
 
 class Inner(TypedDict, total=False):
     seen: Annotated[list[str], operator.add]
-
 
 
 sub = (

@@ -65,8 +65,7 @@ def violations(lines: Sequence[Line]) -> list[str]:
             owed.discard(line["task"])
             tasks[line["task"]] = line
         elif type in ("token", "message", "custom") and (
-            line["task"] not in tasks
-            or (type != "message" and tasks[line["task"]]["type"] in ENDS)
+            line["task"] not in tasks or (type != "message" and tasks[line["task"]]["type"] in ENDS)
         ):
             broken.append(f"{say}: of a task that does not run")
     if ends and lines[-1]["type"] in ("run.completed", "run.interrupted"):

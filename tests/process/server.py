@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 GRAPHS = ("--config", str(HERE / "langgraph.json"))
 SERENO = Path(sys.executable).with_name("sereno")
 #: Generous: others may be using the machine.
-PATIENCE = float(os.environ.get("PATIENCE", "60"))
+PATIENCE = 60.0
 
 Line = dict[str, Any]
 
@@ -86,8 +86,7 @@ class Server:
         self.log_name = "log"
         self._starts = 0
         self.http = httpx2.Client(timeout=PATIENCE, trust_env=False)
-        for name in ("hold",):
-            (folder / name).mkdir(exist_ok=True, parents=True)
+        (folder / "hold").mkdir(exist_ok=True, parents=True)
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +152,7 @@ class Server:
 
     def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the process to end; its exit code."""
-        code: int = until(lambda: (self.code is not None and [self.code]), "it ends", timeout)[0]
+        code: int = until(lambda: self.code is not None and [self.code], "it ends", timeout)[0]
         return code
 
     def kill(self) -> None:
@@ -257,8 +256,9 @@ class Server:
     def ready(self) -> dict[str, str]:
         """Failing checks of /readyz, by name."""
         answer = self.get("/readyz")
-        failing = {c["name"]: c.get("output", "") for c in answer.json()["checks"]
-                   if c["status"] != "pass"}
+        failing = {
+            c["name"]: c.get("output", "") for c in answer.json()["checks"] if c["status"] != "pass"
+        }
         assert answer.status_code == (503 if failing else 200)
         return failing
 
@@ -341,4 +341,3 @@ class Reader(threading.Thread):
             ),
             f"{type} {fields or ''} is read",
         )
-

@@ -34,16 +34,18 @@ class Ended:
     def differences(self, undisturbed: Ended) -> Iterator[str]:
         """What a client or a node's author would notice."""
         for what in (texts, customs, completed, supersteps, _outcome):
-            mine, usual = what(self.lines), what(undisturbed.lines)
-            if mine != usual:
-                yield f"{what.__name__} {mine} instead of {usual}"
-        starts, usual_starts = _starts(self.lines, 9), _starts(undisturbed.lines, 9)
-        known = _starts(self.lines, 1)
+            mine, other = what(self.lines), what(undisturbed.lines)
+            if mine != other:
+                yield f"{what.__name__} {mine} instead of {other}"
+        epochs = range(1, self.lines[-1]["epoch"] + 1)
+        starts = [_starts(self.lines, epoch) for epoch in epochs]
+        usual = _starts(undisturbed.lines, 1)
         for node, count in undisturbed.marks.items():
+            logged = sum(epoch[node] for epoch in starts)
             # A start whose line was not committed is a start all the same.
-            unseen = max(0, usual_starts[node] - known[node])
-            if not count <= self.marks[node] <= starts[node] + unseen:
-                yield f"{node} ran {self.marks[node]} times with {starts[node]} starts"
+            unseen = sum(max(0, usual[node] - epoch[node]) for epoch in starts[:-1])
+            if not count <= self.marks[node] <= logged + unseen:
+                yield f"{node} ran {self.marks[node]} times with {logged} starts"
 
     def repeated_supersteps(self) -> list[str]:
         """Lost tasks of supersteps that were followed by another one."""
@@ -67,7 +69,7 @@ def _outcome(lines: list[Line]) -> Any:
 
 def _starts(lines: list[Line], epoch: int) -> Counter[str]:
     return Counter(
-        line["node"] for line in lines if line["type"] == "node.started" and line["epoch"] <= epoch
+        line["node"] for line in lines if line["type"] == "node.started" and line["epoch"] == epoch
     )
 
 
@@ -95,9 +97,12 @@ class Sweep:
     def _marks(self, thread: str, skip: int) -> Counter[str]:
         return Counter(map(_node, self.server.marks(thread)[skip:]))
 
-    def killed_at(self, commit: int) -> Ended | None:
-        """Die after this commit, and let the next process end the run. None: it ended before."""
-        server, thread = self.server, f"killed-{commit}"
+    def killed_at(self, commit: int, again: int | None = None) -> Ended | None:
+        """Die after this commit, and let the next process end the run. None: it ended before.
+
+        With `again`, the next process dies after that many commits, too.
+        """
+        server, thread = self.server, f"killed-{commit}-{again or ''}"
         self._setup(server, thread)
         skip, earlier = len(server.marks(thread)), server.run_on(thread)
         (server.folder / "kill").write_text(str(commit))
@@ -115,6 +120,8 @@ class Sweep:
             assert reader is not None
             reader.join()
             return None
+        if again is not None and not self._killed_again(again, thread):
+            return None
         server.start()
         run_id = run_id or server.run_on(thread)
         assert run_id is not None
@@ -131,6 +138,47 @@ class Sweep:
                 ended.problems.append(f"after={len(reader.lines)} does not continue")
         return ended
 
+    def _killed_again(self, commit: int, thread: str) -> bool:
+        """Whether the process that takes over dies before the run has ended."""
+        server = self.server
+        (server.folder / "kill").write_text(str(commit))
+        server.launch()
+
+        def ended() -> bool:
+            if not server.logged("Serving"):
+                return False
+            with contextlib.suppress(httpx2.TransportError):
+                server.wait_ready()
+                run_id = server.run_on(thread)
+                return bool(server.get(f"/v1/runs/{run_id}").json()["ended_at"])
+            return False
+
+        until(lambda: server.code is not None or ended(), f"{thread} is dead or done")
+        (server.folder / "kill").unlink()
+        if server.code is None:
+            server.kill()
+            server.start()
+            return False
+        return True
+
+    def check_twice(self, first: int, extra: Callable[[Ended], Iterator[str]]) -> int:
+        """Kill the process that takes over after every commit of its own."""
+        usual, wrong = self.undisturbed(), []
+        for commit in range(1, 100):
+            ended = self.killed_at(first, commit)
+            if ended is None:
+                break
+            where = f"after commits {first} and {commit} ({self._killed})"
+            problems = [*ended.problems, *ended.differences(usual), *extra(ended)]
+            wrong += [f"{where}: {problem}" for problem in problems]
+        assert not wrong, "\n" + "\n".join(wrong)
+        return commit - 1
+
+    @property
+    def _killed(self) -> str:
+        """What was committed last before the kill."""
+        return (self.server.folder / "killed").read_text()
+
     def check(self, extra: Callable[[Ended], Iterator[str]]) -> int:
         """Kill after every commit; the number of commits. Fails with all that went wrong."""
         usual, wrong = self.undisturbed(), []
@@ -138,7 +186,7 @@ class Sweep:
             ended = self.killed_at(commit)
             if ended is None:
                 break
-            where = f"after commit {commit} ({(self.server.folder / 'killed').read_text()})"
+            where = f"after commit {commit} ({self._killed})"
             problems = [*ended.problems, *ended.differences(usual), *extra(ended)]
             wrong += [f"{where}: {problem}" for problem in problems]
         assert not wrong, "\n" + "\n".join(wrong)
@@ -182,6 +230,15 @@ def test_a_run_survives_a_kill_after_any_of_its_commits(one_by_one: Server, grap
     commits = Sweep(one_by_one, _begin(graph), _nothing).check(_sync_promise)
 
     assert commits > 8
+
+
+@pytest.mark.parametrize(("graph", "first"), [("nested", 18), ("fanout", 14)])
+def test_the_process_that_takes_over_may_die_at_any_commit_too(
+    one_by_one: Server, graph: str, first: int
+) -> None:
+    commits = Sweep(one_by_one, _begin(graph), _nothing).check_twice(first, _sync_promise)
+
+    assert commits > 5
 
 
 @pytest.mark.parametrize("graph", ["guarded", "guarded_after"])

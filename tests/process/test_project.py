@@ -1,4 +1,4 @@
-"""LangGraph projects that were not written for Sereno, and projects that change under their runs."""
+"""LangGraph projects that were not written for Sereno, and some that change under their runs."""
 
 from __future__ import annotations
 
@@ -232,6 +232,26 @@ def test_the_wait_for_a_graph_begins_with_the_process_that_misses_it(
 
     assert server.get(f"/v1/runs/{run_id}").json()["ended_at"] is None
     assert server.lines(run_id)[-1]["data"]["error"]["code"] == "graph_unavailable"
+
+
+def test_runs_that_wait_for_their_graph_keep_no_other_from_going_on(
+    serving: Callable[..., Server], changing: Callable[..., tuple[str, ...]]
+) -> None:
+    """They are the oldest, and more than the process looks at in one go."""
+    graphs = {"g": "./graph.py:graph", "other": "./other.py:graph"}
+    server = serving(*changing("second", **graphs), SERENO_SLOTS="1")
+    (server.folder / "hold/second").touch()
+    server.start()
+    for thread in "tuvw":
+        server.submit("g", thread, input={})
+    run_id = server.submit("other", "x", input={})
+    server.kill()
+    changing("second", other="./other.py:graph")
+    server.start()
+
+    until(lambda: server.ready().get("graphs"), "readyz names it")
+    line = server.wait_line(run_id, "run.completed")
+    assert line["epoch"] == 1
 
 
 def age(file: Path) -> float:

@@ -46,7 +46,8 @@ def test_a_full_disk_refuses_runs_and_loses_none(serving: Callable[..., Server])
         assert lines[-1]["data"]["error"]["code"] == "storage"
     until(lambda: not server.ready(), "readyz is green")
     again = until(
-        lambda: (answer := submit_large(server, "again")).status_code == 202 and answer, "it has room"
+        lambda: (answer := submit_large(server, "again")).status_code == 202 and answer,
+        "it has room",
     )
     assert server.lines(again.json()["run_id"])[-1]["type"] == "run.completed"
 

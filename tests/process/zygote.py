@@ -8,6 +8,7 @@ Reads one JSON object a line: `{"argv", "env", "cwd", "log"}` → `{"pid"}`, or 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -46,14 +47,16 @@ def main() -> None:
 
 def _preload() -> None:
     os.environ.setdefault("LANGGRAPH_STRICT_MSGPACK", "true")
-    import httptools  # noqa: F401
-    import langchain_core.language_models.fake_chat_models
-    import uvicorn.protocols.http.httptools_impl
-    import uvloop  # noqa: F401
-
-    import runtime.app
-    import runtime.cli
-    import runtime.engines.sqlite.engine  # noqa: F401
+    for name in (
+        "httptools",
+        "langchain_core.language_models.fake_chat_models",
+        "runtime.app",
+        "runtime.cli",
+        "runtime.engines.sqlite.engine",
+        "uvicorn.protocols.http.httptools_impl",
+        "uvloop",
+    ):
+        importlib.import_module(name)
 
 
 def _serve(ask: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
 import aiosqlite
@@ -35,7 +35,7 @@ from runtime.engines.base import (
     turning_point,
 )
 from runtime.engines.sqlite.saver import FencedSaver
-from runtime.engines.sqlite.writer import Writer, storage_errors
+from runtime.engines.sqlite.writer import Connection, Writer, storage_errors
 from runtime.errors import BadSetting, EngineLocked, LeaseLost, StorageFailed, UnknownRun
 from runtime.events import STATUS, Event
 from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
@@ -102,7 +102,7 @@ class SqliteEngine:
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
-    def _adopt(self, db: sqlite3.Connection) -> str:
+    def _adopt(self, db: Connection) -> str:
         """The holder of the lock voids the leases of those who held it before."""
         db.execute(
             "INSERT OR IGNORE INTO meta VALUES ('log_id', ?), ('schema', ?)",
@@ -123,7 +123,7 @@ class SqliteEngine:
     async def submit(self, new: NewRun, queued: Event) -> Run:
         request = json.dumps(new.request, ensure_ascii=True)
 
-        def insert(db: sqlite3.Connection) -> Run:
+        def insert(db: Connection) -> Run:
             active = db.execute(
                 f"{_SELECT} WHERE tenant = 'default' AND thread_id = ? AND terminal IS NULL",
                 (new.thread_id,),
@@ -208,7 +208,7 @@ class SqliteEngine:
     async def claim(
         self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
     ) -> Lease:
-        def take(db: sqlite3.Connection) -> Lease:
+        def take(db: Connection) -> Lease:
             now = self._clock()
             holder = db.execute(
                 "SELECT run_id FROM runs WHERE tenant = 'default' AND thread_id = ? "
@@ -230,7 +230,7 @@ class SqliteEngine:
         return await self._writer.call(take, self._publish(run.run_id, [event]))
 
     def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
-        def extend(db: sqlite3.Connection) -> dict[str, Renewal]:
+        def extend(db: Connection) -> dict[str, Renewal]:
             until = self._clock() + lease_s
             learnt = {}
             for lease in leases:
@@ -247,15 +247,15 @@ class SqliteEngine:
         return self._writer.call_blocking(extend)
 
     def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
-        def add(db: sqlite3.Connection) -> None:
-            last_seq = self._fence(db, lease)
-            check_lines(lease.run_id, lease.epoch, last_seq, events)
+        def add(db: Connection) -> None:
+            standing = self._fence(db, lease)
+            check_lines(lease.run_id, lease.epoch, standing.last_seq, events)
             self._write(db, lease.run_id, events)
 
         return self._writer.call(add, self._publish(lease.run_id, events))
 
     async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
-        def add(db: sqlite3.Connection) -> Run:
+        def add(db: Connection) -> Run:
             check_claim(run, _current(db, run.run_id), None, self._clock())
             check_lines(run.run_id, run.epoch, run.last_seq, events)
             self._write(db, run.run_id, events)
@@ -266,7 +266,7 @@ class SqliteEngine:
         return await self._writer.call(add, self._publish(run.run_id, events))
 
     async def request_cancel(self, run_id: str, reason: str) -> Run:
-        def wish(db: sqlite3.Connection) -> Run:
+        def wish(db: Connection) -> Run:
             db.execute(
                 "UPDATE runs SET cancel_reason = ?, updated_at = ? "
                 "WHERE run_id = ? AND terminal IS NULL AND cancel_reason IS NULL",
@@ -297,13 +297,15 @@ class SqliteEngine:
     def checkpointer(
         self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
     ) -> BaseCheckpointSaver[Any]:
-        def fence(lease: Lease, db: sqlite3.Connection, progress: bool) -> None:
-            self._fence(db, lease)
+        def fence(lease: Lease, db: Connection, progress: bool) -> None:
+            if self._fence(db, lease).settled:
+                return
             db.execute(
                 "UPDATE runs SET applied = 1, crashes = CASE WHEN ? THEN 0 ELSE crashes END "
-                "WHERE run_id = ? AND (applied = 0 OR crashes > 0)",
+                "WHERE run_id = ?",
                 (progress, lease.run_id),
             )
+            db.known.pop(lease.run_id)
 
         return FencedSaver(
             self._saver_reader,
@@ -312,6 +314,10 @@ class SqliteEngine:
             serde=self._serde,
             fence=partial(fence, lease) if lease is not None else None,
             before_write=before_write,
+            # A thread that is called after its first run had none before.
+            new_thread=lease.thread_id
+            if lease is not None and lease.epoch == 1 and lease.thread_id == lease.run_id
+            else None,
         )
 
     async def checkpointed(self, thread_id: str) -> Checkpointed:
@@ -362,25 +368,35 @@ class SqliteEngine:
             raise StorageFailed(str(exc)) from exc
 
     @staticmethod
-    def _fence(db: sqlite3.Connection, lease: Lease) -> int:
-        """The seq of the last line, if the lease may write. Raises LeaseLost. See check_append."""
-        row = db.execute(
-            "SELECT last_seq FROM runs WHERE run_id = ? AND epoch = ? AND lease_owner = ?",
-            (lease.run_id, lease.epoch, lease.owner),
-        ).fetchone()
-        if row is None:
-            raise LeaseLost(lease.run_id, lease.epoch)
-        return int(row[0])
+    def _fence(db: Connection, lease: Lease) -> _Standing:
+        """How a run stands, if the lease may write. Raises LeaseLost. See check_append.
 
-    def _write(self, db: sqlite3.Connection, run_id: str, events: Sequence[Event]) -> None:
+        Looked up once a transaction: whatever changes epoch or holder forgets it.
+        """
+        standing: _Standing | None = db.known.get(lease.run_id)
+        if standing is None:
+            row = db.execute(
+                "SELECT epoch, lease_owner, last_seq, applied AND crashes = 0 FROM runs "
+                "WHERE run_id = ?",
+                (lease.run_id,),
+            ).fetchone()
+            standing = db.known[lease.run_id] = _Standing(*row) if row else _NOBODY
+        if (standing.epoch, standing.owner) != (lease.epoch, lease.owner):
+            raise LeaseLost(lease.run_id, lease.epoch)
+        return standing
+
+    def _write(self, db: Connection, run_id: str, events: Sequence[Event]) -> None:
         """Lines and what they make of the row, in one transaction."""
         _insert(db, run_id, events)
         now, last = self._clock(), events[-1].seq
         turn = turning_point(events)
+        standing: _Standing | None = db.known.pop(run_id, None)
         if turn is None:
             db.execute(
                 "UPDATE runs SET last_seq = ?, updated_at = ? WHERE run_id = ?", (last, now, run_id)
             )
+            if standing is not None:
+                db.known[run_id] = standing._replace(last_seq=last)
             return
         let_go = lets_go(turn)
         db.execute(
@@ -407,6 +423,19 @@ class SqliteEngine:
                 self.tails.publish(run_id, events)
 
         return done
+
+
+class _Standing(NamedTuple):
+    """What the fence needs of a row."""
+
+    epoch: int
+    owner: str | None
+    last_seq: int
+    #: Whether a checkpoint write has nothing to add to the row.
+    settled: int
+
+
+_NOBODY = _Standing(-1, None, 0, 0)
 
 
 class _FileLock:
@@ -472,7 +501,7 @@ def _parse(url: str) -> tuple[Path, str]:
     return Path(path), synchronous
 
 
-def _insert(db: sqlite3.Connection, run_id: str, events: Sequence[Event]) -> None:
+def _insert(db: Connection, run_id: str, events: Sequence[Event]) -> None:
     db.executemany(
         "INSERT INTO run_events VALUES (?, ?, ?, ?, ?, ?)",
         [(run_id, e.seq, e.epoch, e.type, e.ts, e.body) for e in events],
@@ -484,7 +513,7 @@ def _insert(db: sqlite3.Connection, run_id: str, events: Sequence[Event]) -> Non
             )
 
 
-def _current(db: sqlite3.Connection, run_id: str) -> Run | None:
+def _current(db: Connection, run_id: str) -> Run | None:
     row = db.execute(f"{_SELECT} WHERE run_id = ?", (run_id,)).fetchone()
     return _run(row) if row else None
 

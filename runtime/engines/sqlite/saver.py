@@ -12,7 +12,7 @@ import aiosqlite
 from langgraph.checkpoint.base import WRITES_IDX_MAP, CheckpointTuple, get_checkpoint_metadata
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from runtime.engines.sqlite.writer import Writer, storage_errors
+from runtime.engines.sqlite.writer import Connection, Writer, storage_errors
 
 __all__ = ["Fence", "FencedSaver"]
 
@@ -49,6 +49,7 @@ class FencedSaver(AsyncSqliteSaver):
         serde: Any = None,
         fence: Fence | None = None,
         before_write: Callable[[bool], None] | None = None,
+        new_thread: str | None = None,
     ) -> None:
         super().__init__(conn, serde=serde)
         self.is_setup = True  # the engine's schema has the tables
@@ -57,6 +58,8 @@ class FencedSaver(AsyncSqliteSaver):
         self._fence = fence
         self._before_write = before_write
         self._posted = _Posted()
+        #: A thread that holds nothing but what this saver writes.
+        self._new_thread = new_thread
 
     async def aput(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
         place = config["configurable"]
@@ -74,7 +77,7 @@ class FencedSaver(AsyncSqliteSaver):
         progress = not place["checkpoint_ns"]
         fence = self._allowed(progress)
 
-        def put(db: sqlite3.Connection) -> None:
+        def put(db: Connection) -> None:
             fence(db, progress)
             db.execute(_PUT, row)
 
@@ -109,7 +112,7 @@ class FencedSaver(AsyncSqliteSaver):
         ]
         fence = self._allowed(False)
 
-        def put(db: sqlite3.Connection) -> None:
+        def put(db: Connection) -> None:
             fence(db, False)
             db.executemany(statement, rows)
 
@@ -117,13 +120,15 @@ class FencedSaver(AsyncSqliteSaver):
         self._writer.post(put, self._posted.written)
 
     async def adelete_thread(self, thread_id: str) -> None:
-        def delete(db: sqlite3.Connection) -> None:
+        def delete(db: Connection) -> None:
             for table in ("checkpoints", "writes"):
                 db.execute(f"DELETE FROM {table} WHERE thread_id = ?", (str(thread_id),))
 
         await self._writer.call(delete)
 
     async def aget_tuple(self, config: Any) -> CheckpointTuple | None:
+        if not self._posted.ever and config["configurable"]["thread_id"] == self._new_thread:
+            return None
         await self._settle()
         with storage_errors():
             return await super().aget_tuple(config)
@@ -151,6 +156,7 @@ class FencedSaver(AsyncSqliteSaver):
             self._before_write(progress)
         if self._posted.failure is not None:
             raise self._posted.failure
+        self._posted.ever = True
         return self._fence
 
     async def _settle(self) -> None:
@@ -166,6 +172,7 @@ class _Posted:
 
     def __init__(self) -> None:
         self.count = 0
+        self.ever = False
         self.failure: BaseException | None = None
 
     def written(self, error: BaseException | None) -> None:
@@ -174,5 +181,5 @@ class _Posted:
             self.failure = error
 
 
-def _nothing(db: sqlite3.Connection) -> None:
+def _nothing(db: Connection) -> None:
     return None

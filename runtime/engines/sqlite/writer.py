@@ -14,10 +14,19 @@ from typing import Any, TypeVar
 
 from runtime.errors import SerenoError, StorageFailed
 
-__all__ = ["Writer", "storage_errors"]
+__all__ = ["Connection", "Writer", "storage_errors"]
 
 T = TypeVar("T")
-Operation = Callable[[sqlite3.Connection], T]
+
+
+class Connection(sqlite3.Connection):
+    """The connection that writes, and what is known within its current transaction."""
+
+    #: For whoever wants to look up a thing once; empty when a transaction begins.
+    known: dict[str, Any]
+
+
+Operation = Callable[[Connection], T]
 
 #: Operations of one transaction at most.
 BATCH = 256
@@ -57,7 +66,9 @@ class Writer(threading.Thread):
         self._path = path
         self._synchronous = synchronous
         self._schema = schema
-        self._inbox: queue.SimpleQueue[_Posted | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[list[_Posted] | None] = queue.SimpleQueue()
+        #: Posted in this turn of the loop.
+        self._outbox: list[_Posted] = []
         self._gate = threading.Lock()
         self._closed = False
         self._opened: ThreadFuture[None] = ThreadFuture()
@@ -81,17 +92,18 @@ class Writer(threading.Thread):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._put(_Posted(operation, loop, future, done))
+        self._gather(loop, _Posted(operation, loop, future, done))
         return future
 
     def post(self, operation: Operation[Any], done: Callable[[BaseException | None], None]) -> None:
         """Post an operation that nobody waits for: what is posted later commits later."""
-        self._put(_Posted(operation, asyncio.get_running_loop(), None, done))
+        loop = asyncio.get_running_loop()
+        self._gather(loop, _Posted(operation, loop, None, done))
 
     def call_blocking(self, operation: Operation[T]) -> T:
         """For threads: wait until the operation is committed."""
         future: ThreadFuture[T] = ThreadFuture()
-        self._put(_Posted(operation, None, future, None))
+        self._put([_Posted(operation, None, future, None)])
         return future.result()
 
     async def close(self) -> None:
@@ -103,13 +115,25 @@ class Writer(threading.Thread):
             await asyncio.wrap_future(self._ended)
             self.join()
 
-    def _put(self, posted: _Posted) -> None:
+    def _gather(self, loop: asyncio.AbstractEventLoop, posted: _Posted) -> None:
+        """One hand-over per turn of the loop: to wake the thread costs more than a row."""
+        self._outbox.append(posted)
+        if len(self._outbox) == 1:
+            loop.call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._put(outbox)
+
+    def _put(self, posted: list[_Posted]) -> None:
         with self._gate:
             if not self._closed:
                 self._inbox.put(posted)
                 return
-        posted.error = StorageFailed("it is closed")
-        _deliver([posted])
+        for late in posted:
+            late.error = StorageFailed("it is closed")
+        _deliver(posted)
 
     def run(self) -> None:
         try:
@@ -127,8 +151,8 @@ class Writer(threading.Thread):
         finally:
             self._ended.set_result(None)
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_S)
+    def _connect(self) -> Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_S, factory=Connection)
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={self._synchronous}")
@@ -144,21 +168,21 @@ class Writer(threading.Thread):
         posted = self._inbox.get()
         with contextlib.suppress(queue.Empty):
             while posted is not None:
-                batch.append(posted)
-                if len(batch) == BATCH:
+                batch.extend(posted)
+                if len(batch) >= BATCH:
                     return batch, False
                 posted = self._inbox.get_nowait()
             return batch, True
         return batch, False
 
-    def _commit(self, db: sqlite3.Connection, batch: list[_Posted]) -> None:
+    def _commit(self, db: Connection, batch: list[_Posted]) -> None:
         """All in one transaction; when one of them breaks it, each in its own."""
         if batch and not self._try(db, batch) and len(batch) > 1:
             for posted in batch:
                 self._try(db, [posted])
 
     @staticmethod
-    def _try(db: sqlite3.Connection, batch: list[_Posted]) -> bool:
+    def _try(db: Connection, batch: list[_Posted]) -> bool:
         """One transaction. Whether it is done with: False when one of the operations broke it."""
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -166,6 +190,7 @@ class Writer(threading.Thread):
             for posted in batch:
                 posted.error = StorageFailed(str(exc))
             return True
+        db.known = {}
         try:
             for posted in batch:
                 posted.error = None
