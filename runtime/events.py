@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.model import Run, RunStatus
 from telemetry.encoding import JsonEncoder
@@ -60,8 +59,7 @@ PLACES = 1024
 DATA_MAX = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(NamedTuple):
     """An immutable fact in a run's log, encoded once; every watcher gets the same bytes."""
 
     seq: int
@@ -81,7 +79,8 @@ class Event:
     @property
     def size(self) -> int:
         """Bytes that this takes in the store."""
-        return len(self.body) + sum(len(value) for _, value in self.data)
+        size = len(self.body)
+        return size + sum(len(value) for _, value in self.data) if self.data else size
 
 
 class Sealer:
@@ -129,7 +128,7 @@ class Sealer:
         if len(head) + len(encoded) >= self._line_max:
             encoded, kept = self._shrunk(seq, data, len(head) + len(encoded))
         body = b"%s%s}" % (head, encoded)
-        return Event(seq=seq, epoch=epoch, type=type, ts=ts, body=body, data=kept)
+        return Event(seq, epoch, type, ts, body, kept)
 
     def _place(self, where: Mapping[str, Any]) -> bytes:
         key = (where.get("task"), where.get("attempt"), where.get("step"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
     "DEFAULT_MODES",
@@ -112,8 +112,7 @@ class Renewal:
     cancel_reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredLine:
+class StoredLine(NamedTuple):
     """A committed line: `body` is the encoded object of profile v1 without the line break."""
 
     seq: int

@@ -259,8 +259,9 @@ def _observed_writes(original: Callable[..., None]) -> Callable[..., None]:
         if task is not None and stream is not None and ATTEMPTS in stream.modes:
             # Nothing comes of a hidden task, an error or an interrupt.
             for update in map_output_updates(self.output_keys, [(task, writes)]):
-                wrote = NodeWrote(visit=visit_of(task), update=update[task.name], cached=cached)
-                stream((wrote.visit.path, ATTEMPTS, wrote))
+                visit = task.proc.visit if isinstance(task.proc, _Proxy) else visit_of(task)
+                wrote = NodeWrote(visit=visit, update=update[task.name], cached=cached)
+                stream((visit.path, ATTEMPTS, wrote))
         original(self, task_id, writes, cached=cached)
 
     return output_writes
@@ -296,7 +297,7 @@ class _Proxy:
         self._proc = task.proc
         self._policies = policies or ()
         self._stream = task.config[_CONF].get(_STREAM)
-        self._visit = visit_of(task)
+        self.visit = visit_of(task)
         self._started = time.perf_counter()
         self._attempts = 0
         self._open: Attempt | None = None
@@ -351,14 +352,14 @@ class _Proxy:
         # Custom values and calls of an attempt that timed out are to be dropped: LangGraph guards
         # the stream in the attempt's config for that.
         stream = config[_CONF].get(_STREAM)
-        attempt = Attempt(self._visit, number, stream)
+        attempt = Attempt(self.visit, number, stream)
         self._attempts, self._open, self._opened = number, attempt, time.perf_counter()
-        self._emit(AttemptStarted(visit=self._visit, attempt=number))
+        self._emit(AttemptStarted(visit=self.visit, attempt=number))
         if stream is not None and "custom" in stream.modes:
-            visit = self._visit
+            visit = self.visit
 
             def write(value: Any) -> None:
-                stream((visit.path, "custom", Custom(visit=visit, attempt=number, value=value)))
+                stream((visit.path, "custom", Custom(visit, number, value)))
 
             config = patch_configurable(config, {_RUNTIME: runtime.override(stream_writer=write)})
         return attempt, config
@@ -374,7 +375,7 @@ class _Proxy:
         if _listeners:  # the stream has no use for it: a line says when the node ends
             notify(
                 AttemptEnded(
-                    visit=self._visit,
+                    visit=self.visit,
                     attempt=number,
                     outcome=_attempt_outcome(exc, retry, in_thread),
                     error=exc if not isinstance(exc, GraphBubbleUp) else None,
@@ -399,7 +400,7 @@ class _Proxy:
                     return "exhausted"
                 planned = policy.initial_interval * policy.backoff_factor ** (number - 1)
                 return NodeRetrying(
-                    visit=self._visit,
+                    visit=self.visit,
                     attempt=number,
                     error=exc,
                     retry_in_s=min(policy.max_interval, planned),
@@ -414,7 +415,7 @@ class _Proxy:
             self.attempt_ended(self._open.number, exc)
         self._emit(
             NodeEnded(
-                visit=self._visit,
+                visit=self.visit,
                 attempts=self._attempts,
                 outcome=_node_outcome(exc),
                 error=exc if _node_outcome(exc) == "error" else None,
@@ -423,7 +424,7 @@ class _Proxy:
         )
 
     def _emit(self, observation: Observation) -> None:
-        _emit(self._stream, self._visit, observation)
+        _emit(self._stream, self.visit, observation)
 
 
 def _is_failure(exc: BaseException | None, in_thread: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
     "ATTEMPTS",
@@ -141,8 +141,7 @@ class CallRetrying:
     retry_in_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Custom:
+class Custom(NamedTuple):
     """What a node wrote to the graph's stream writer, tagged with who wrote it."""
 
     visit: Visit

@@ -286,7 +286,7 @@ class Tails:
             tail = self._tails[run_id] = Tail()
             tail.living = True
         for event in events:
-            tail.add(StoredLine(seq=event.seq, type=event.type, body=event.body))
+            tail.add(StoredLine(event.seq, event.type, event.body))
         if events[-1].terminal:
             tail.living = False
             self._let_go(run_id, tail)

@@ -272,13 +272,21 @@ async def test_without_follow_a_stream_ends_with_the_terminal_line(server: Serve
     assert (await server.replay(run_id, follow=0)).body == (await server.replay(run_id)).body
 
 
+async def written(server: Server, run_id: str, seq: int) -> Any:
+    """The run once a line is committed: a line may wait for a checkpoint to go with."""
+    async with tail(server, run_id) as stream:
+        while ((await stream.line()) or {}).get("seq", 0) < seq:
+            pass
+    return (await server.get(f"/v1/runs/{run_id}")).json()
+
+
 @pytest.mark.parametrize("after", [0, 1, "latest"])
 async def test_without_follow_a_stream_ends_when_caught_up(
     server: Server, gates: Stage, after: Any
 ) -> None:
     run_id = await server.start("gated")
     await gates.arrival("first")
-    run = (await server.get(f"/v1/runs/{run_id}")).json()
+    run = await written(server, run_id, 3)
     lines = (await server.replay(run_id, follow=0, after=after)).lines()
 
     assert lines[-1]["type"] == "caught_up"
@@ -291,7 +299,7 @@ async def test_caught_up_comes_once_at_the_last_line_that_was_there(
 ) -> None:
     run_id = await server.start("gated")
     await gates.arrival("first")
-    run = (await server.get(f"/v1/runs/{run_id}")).json()
+    run = await written(server, run_id, 3)
     async with tail(server, run_id) as stream:
         lines = await stream.until("caught_up")
         gates.open("first", "second")

@@ -29,14 +29,20 @@ def install(folder: Path) -> None:
     capped = False
     written: Counter[str] = Counter()
     plain = writer.Writer._commit
+    one_by_one = bool(os.environ.get("CHAOS_ONE_BY_ONE"))
 
     def commit(self: Any, db: sqlite3.Connection, batch: list[Any]) -> None:
-        nonlocal committed, capped
+        nonlocal capped
         if full.exists() != capped:
             capped = not capped
             most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             size = (folder / "s.db-wal").stat().st_size if capped else most
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+        for part in [[posted] for posted in batch] if one_by_one else [batch]:
+            commit_part(self, db, part)
+
+    def commit_part(self: Any, db: sqlite3.Connection, batch: list[Any]) -> None:
+        nonlocal committed
         counted = [posted for posted in batch if not _name(posted).startswith(UNCOUNTED)]
         for posted in counted:
             thread = _thread(posted.operation)
@@ -52,8 +58,6 @@ def install(folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     writer.Writer._commit = commit  # type: ignore[method-assign]
-    if os.environ.get("CHAOS_ONE_BY_ONE"):
-        writer.BATCH = 1
 
 
 def _name(posted: Any) -> str:
