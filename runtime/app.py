@@ -35,7 +35,7 @@ from runtime.errors import (
     StorageFailed,
     StoreUnusable,
 )
-from runtime.execution.runner import Outcome
+from runtime.execution.runner import Outcome, mend_langgraph
 from runtime.execution.worker import Observer, Worker
 from runtime.graphs import Graphs
 from runtime.model import NewRun, Run
@@ -148,6 +148,7 @@ def observe(settings: Settings) -> None:
         langgraph_seam.install()
         tenacity_seam.install(guard=settings.tenacity_guard)
         langchain_seam.install()
+        mend_langgraph()
     except langgraph_seam.SeamMismatch as exc:
         raise SeamBroken(str(exc)) from exc
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -40,15 +39,15 @@ from telemetry.observations import (
     NodeEnded,
     NodeOutcome,
     NodeRetrying,
+    NodeWrote,
     Observation,
+    SuperstepEnded,
     Visit,
 )
 
 __all__ = [
     "Attempt",
-    "NodeWrote",
     "SeamMismatch",
-    "SuperstepEnded",
     "current_attempt",
     "install",
     "listen",
@@ -81,24 +80,6 @@ _log = structlog.get_logger("telemetry")
 
 class SeamMismatch(RuntimeError):
     """LangGraph's functions are not those that we know how to observe."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeWrote:
-    """The result of a visit is known. Only in the stream, in front of LangGraph's own parts."""
-
-    visit: Visit
-    #: As in LangGraph's stream mode `updates`.
-    update: object
-    #: Nobody was called for it: it comes from the cache, or from before a crash.
-    cached: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuperstepEnded:
-    """The outermost graph has taken over what its tasks wrote. Only in the stream."""
-
-    step: int
 
 
 class Attempt:

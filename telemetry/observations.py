@@ -24,7 +24,9 @@ __all__ = [
     "NodeEnded",
     "NodeOutcome",
     "NodeRetrying",
+    "NodeWrote",
     "Observation",
+    "SuperstepEnded",
     "Visit",
 ]
 
@@ -139,6 +141,24 @@ class CallRetrying:
     #: None when a result, not an exception, asked for the retry.
     error: BaseException | None
     retry_in_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWrote:
+    """The result of a visit is known. Only in the stream, in front of LangGraph's own parts."""
+
+    visit: Visit
+    #: As in LangGraph's stream mode `updates`.
+    update: object
+    #: Nobody was called for it: it comes from the cache, or from before a crash.
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperstepEnded:
+    """The outermost graph has taken over what its tasks wrote. Only in the stream."""
+
+    step: int
 
 
 class Custom(NamedTuple):

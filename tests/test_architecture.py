@@ -1,4 +1,4 @@
-"""Executes the layer table of docs/architecture.md: imports point down, and telemetry knows nobody."""
+"""Executes the layer table of docs/architecture.md: imports point down; telemetry knows nobody."""
 
 from __future__ import annotations
 

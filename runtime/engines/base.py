@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -74,9 +82,18 @@ class Engine(Protocol):
         ...
 
     async def claim(
-        self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
+        self,
+        run: Run,
+        event: Event,
+        *,
+        owner: str,
+        lease_s: float,
+        crashed: bool,
+        forget: Collection[str] = (),
     ) -> Lease:
         """Take a run as it was read: raises its epoch and appends its first line of that epoch.
+
+        Checkpoints of the graphs that the tasks in `forget` called are dropped.
 
         `crashed` counts a crash. Raises LeaseLost when the run has moved on, ThreadBusy when
         another claimed run has the thread.

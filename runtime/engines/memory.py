@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -120,7 +120,14 @@ class MemoryEngine:
         return sorted(runs, key=lambda r: (r.created_at, r.run_id))[:limit]
 
     async def claim(
-        self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
+        self,
+        run: Run,
+        event: Event,
+        *,
+        owner: str,
+        lease_s: float,
+        crashed: bool,
+        forget: Collection[str] = (),
     ) -> Lease:
         with self._store.lock:
             now, current = self._clock(), self._store.runs.get(run.run_id)
@@ -136,7 +143,17 @@ class MemoryEngine:
                 started_at=current.started_at or now,
             )
             self._write(claimed, [event])
+            self._forget(run.thread_id, forget)
         return Lease(run_id=run.run_id, thread_id=run.thread_id, epoch=claimed.epoch, owner=owner)
+
+    def _forget(self, thread_id: str, tasks: Collection[str]) -> None:
+        """Drop the checkpoints of the graphs that these tasks called."""
+        saver = self._store.saver
+        for ns in list(saver.storage.get(thread_id, {})):
+            if any(f":{task}" in ns for task in tasks):
+                del saver.storage[thread_id][ns]
+                for key in [key for key in saver.writes if key[:2] == (thread_id, ns)]:
+                    del saver.writes[key]
 
     def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
         learnt = {}
@@ -273,6 +290,17 @@ class _FencedSaver(InMemorySaver):
         self._before_write = before_write
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
+
+    def get_tuple(self, config: Any) -> Any:
+        if threading.get_ident() == self._thread:
+            # The graph's writes would wait for this loop, which waits for the graph.
+            raise asyncio.InvalidStateError(
+                "a graph called by `invoke` blocks the event loop: use `await graph.ainvoke(…)`"
+            )
+        return super().get_tuple(config)
+
+    async def aget_tuple(self, config: Any) -> Any:
+        return super().get_tuple(config)
 
     def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
         if threading.get_ident() != self._thread:  # a graph that a sync node calls

@@ -26,7 +26,6 @@ from runtime.execution.history import History
 from runtime.model import Lease
 from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
-from telemetry.langgraph import NodeWrote, SuperstepEnded
 from telemetry.observations import (
     ATTEMPTS,
     AttemptStarted,
@@ -36,6 +35,8 @@ from telemetry.observations import (
     Custom,
     NodeEnded,
     NodeRetrying,
+    NodeWrote,
+    SuperstepEnded,
     Visit,
 )
 

@@ -13,7 +13,7 @@ from runtime.engines.base import Checkpointed
 from runtime.events import NODE_END_TYPES, OUTPUT_TYPES
 from runtime.model import StoredLine
 
-__all__ = ["History", "TaskRecord", "superseded"]
+__all__ = ["History", "TaskRecord", "begun_anew", "superseded"]
 
 
 @dataclass(slots=True)
@@ -199,6 +199,7 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
     # Of several graphs that one task calls, all but the first have a number in their namespace,
     # which lines do not tell: what one has a checkpoint of says nothing of the others.
     several = {plain for ns in held.steps if (plain := _without_numbers(ns)) != ns}
+    anew = begun_anew(history, held)
 
     def has_checkpoint(record: TaskRecord) -> bool:
         namespace = record.namespace
@@ -209,6 +210,8 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
         )
 
     def is_held(record: TaskRecord) -> bool:
+        if not anew.isdisjoint(record.path):
+            return False
         return (
             (record.task in held.stored and not record.node.startswith(_HANDLERS))
             or has_checkpoint(record)
@@ -223,6 +226,21 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
         (record for record in history.tasks.values() if not is_held(record)),
         key=lambda record: record.first_seq,
     )
+
+
+def begun_anew(history: History, held: Checkpointed) -> set[str]:
+    """Open tasks that a retry had begun anew: what their graphs wrote before it is discarded.
+
+    LangGraph counts a task's graphs over its attempts, and begins to count again in a new process:
+    it would go on from a checkpoint of the first attempt.
+    """
+    return {
+        record.task
+        for record in history.tasks.values()
+        if record.open
+        and (record.attempt > 1 or record.retrying)
+        and record.task not in held.stored
+    }
 
 
 #: Nodes that LangGraph makes to handle errors. It runs them again though their result is stored.

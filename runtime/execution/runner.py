@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import structlog
 from langgraph._internal._serde import apply_checkpointer_allowlist
 from langgraph.errors import GraphRecursionError
+from langgraph.pregel._loop import PregelLoop
 from langgraph.pregel.protocol import StreamProtocol
 from langgraph.runtime import RunControl, Runtime
 from langgraph.types import Command
@@ -25,7 +26,7 @@ from runtime.model import Lease, Run
 from runtime.settings import Settings
 from telemetry.contract import classify, error_type
 
-__all__ = ["Outcome", "Runner", "Stop"]
+__all__ = ["Outcome", "Runner", "Stop", "mend_langgraph"]
 
 StopKind = Literal["cancel", "deadline", "drain", "lost", "limit", "storage", "internal"]
 
@@ -198,8 +199,8 @@ class Runner:
             if self._at_breakpoint(graph, state):
                 return _STOP_HERE
             return None
-        if self.run.applied:
-            resume = (request.get("command") or {}).get("resume")
+        if self.run.applied and (command := request.get("command")) is not None:
+            resume = command.get("resume")
             if resume is None or not await self._still_pending(graph, config, resume):
                 return None
             config["configurable"]["__pregel_strict_resume"] = True
@@ -262,13 +263,15 @@ class Runner:
 
     def _failed(self, error: BaseException) -> Outcome:
         code, node = "internal", self.feed.failure
+        if node is not None and node.error is not error:
+            node = None  # two failed at once
         if isinstance(error, GraphRecursionError):
             code = "recursion_limit"
         elif isinstance(error, GraphChanged):
             code = "graph_changed"
         elif isinstance(error, StateTypeBlocked):
             code = error.code
-        elif node is not None or isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        elif self.feed.failure is not None or isinstance(error, TimeoutError):
             code = "node_error"
         return self._error(code, error, node if code == "node_error" else None)
 
@@ -314,6 +317,20 @@ class Runner:
                     raise
                 await asyncio.sleep(pause)
         return Outcome(outcome.type, data)
+
+
+def mend_langgraph() -> None:
+    """A subgraph compiled with `checkpointer=False` fails under durability `sync`: LangGraph waits
+    for a save that it never began. Here there is nothing to wait for."""
+    setattr(PregelLoop, "_put_checkpoint_fut", _Saved())  # noqa: B010 -- typed as a future
+
+
+class _Saved:
+    def result(self, timeout: float | None = None) -> None:
+        return None
+
+    def __await__(self) -> Iterator[Any]:
+        return iter(())
 
 
 class GraphChanged(Exception):

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import structlog
 
-from runtime.engines.base import Engine
+from runtime.engines.base import Checkpointed, Engine
 from runtime.errors import (
     Draining,
     LeaseLost,
@@ -31,7 +31,7 @@ from runtime.errors import (
 )
 from runtime.events import Event, Sealer
 from runtime.execution.feed import Feed, Limits
-from runtime.execution.history import History, superseded
+from runtime.execution.history import History, begun_anew, superseded
 from runtime.execution.runner import Outcome, Runner, Stop
 from runtime.graphs import Graphs, LoadedGraph
 from runtime.model import Lease, NewRun, Run, RunStatus
@@ -289,6 +289,7 @@ class Worker:
             owner=self.owner,
             lease_s=self._settings.lease_s,
             crashed=_crashed(run),
+            forget=claim.anew,
         )
         self._log.info(
             "Run started" if run.epoch == 0 else "Run recovered",
@@ -377,7 +378,7 @@ class Worker:
         sealer = Sealer.of(run, self.encoder, line_max=self._settings.line_max)
         now = self._clock()
         if run.epoch == 0:
-            history = History()
+            history, anew = History(), set()
             history.add("run.queued", 1, run.created_at, {})
             data: dict[str, Any] = {}
             type = "run.started"
@@ -385,29 +386,16 @@ class Worker:
         else:
             history = History.read(await self._log_of(run))
             type = "run.recovered"
-            data = await self._recovery(run, history)
+            held = await self._engine.checkpointed(run.thread_id)
+            anew = begun_anew(history, held)
+            data = _recovery(run, history, held)
             changed = run.graph_digest != graph.digest
         if changed:
             data["graph_changed"] = True
         seq = run.last_seq + 1
         event = sealer.seal(type, seq=seq, epoch=run.epoch + 1, ts=now, data=data)
         history.add(type, seq, now, data)
-        return _Claim(event=event, sealer=sealer, history=history)
-
-    async def _recovery(self, run: Run, history: History) -> dict[str, Any]:
-        held = await self._engine.checkpointed(run.thread_id)
-        lost = superseded(history, held)
-        return {
-            "reason": "crash" if _crashed(run) else "drain",
-            "from_checkpoint": held.checkpoint_id if held.run_id == run.run_id else None,
-            "lost": [
-                {"task": record.task, "node": record.node, "attempt": record.attempt}
-                for record in lost
-            ],
-            "discard_from": min(
-                (record.first_seq for record in lost), default=history.last_seq + 1
-            ),
-        }
+        return _Claim(event=event, sealer=sealer, history=history, anew=anew)
 
     async def _log_of(self, run: Run) -> list[Any]:
         lines: list[Any] = []
@@ -512,6 +500,8 @@ class _Claim:
     event: Event
     sealer: Sealer
     history: History
+    #: Tasks whose subgraphs' checkpoints are discarded.
+    anew: Collection[str]
 
 
 class NodeExecutor(ThreadPoolExecutor):
@@ -575,6 +565,19 @@ _MAX_ATTEMPTS = Outcome(
         },
     },
 )
+
+
+def _recovery(run: Run, history: History, held: Checkpointed) -> dict[str, Any]:
+    """What `run.recovered` tells."""
+    lost = superseded(history, held)
+    return {
+        "reason": "crash" if _crashed(run) else "drain",
+        "from_checkpoint": held.checkpoint_id if held.run_id == run.run_id else None,
+        "lost": [
+            {"task": record.task, "node": record.node, "attempt": record.attempt} for record in lost
+        ],
+        "discard_from": min((record.first_seq for record in lost), default=history.last_seq + 1),
+    }
 
 
 def _crashed(run: Run) -> bool:

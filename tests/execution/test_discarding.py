@@ -457,11 +457,6 @@ async def crash_everywhere(
         check_one(Lines(lines))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="LangGraph counts a task's graphs over its attempts: a second attempt's checkpoints are "
-    "found by no later process, which goes on from the first one's",
-)
 async def test_a_crash_in_a_second_attempt_of_a_subgraph() -> None:
     def graph(plan: Plan) -> Any:
         sub = chain(*((name, plan.node(name)) for name in "ABC"))
@@ -518,12 +513,7 @@ async def asks(state: State) -> State:
         ),
     ],
 )
-async def test_a_crash_at_any_write_asks_the_same_question(
-    stop: Any, durability: str, request: pytest.FixtureRequest
-) -> None:
-    if request.node.callspec.id == "in a subgraph-exit":
-        reason = "a subgraph's checkpoint alone makes a run `applied`: its input is not sent again"
-        request.applymarker(pytest.mark.xfail(strict=False, reason=reason))
+async def test_a_crash_at_any_write_asks_the_same_question(stop: Any, durability: str) -> None:
     smooth, writes = await crashing(stop(Plan()), [], durability=durability)
     questions = [question["value"] for question in smooth[-1]["data"]["interrupts"]]
     for kill in range(writes):

@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -206,7 +206,14 @@ class SqliteEngine:
         return [_run(row) for row in rows]
 
     async def claim(
-        self, run: Run, event: Event, *, owner: str, lease_s: float, crashed: bool
+        self,
+        run: Run,
+        event: Event,
+        *,
+        owner: str,
+        lease_s: float,
+        crashed: bool,
+        forget: Collection[str] = (),
     ) -> Lease:
         def take(db: Connection) -> Lease:
             now = self._clock()
@@ -223,6 +230,12 @@ class SqliteEngine:
                 (owner, now + lease_s, int(crashed), now, run.run_id),
             )
             self._write(db, run.run_id, [event])
+            for task in forget:
+                for table in ("checkpoints", "writes"):
+                    db.execute(
+                        f"DELETE FROM {table} WHERE thread_id = ? AND instr(checkpoint_ns, ?) > 0",
+                        (run.thread_id, f":{task}"),
+                    )
             return Lease(
                 run_id=run.run_id, thread_id=run.thread_id, epoch=run.epoch + 1, owner=owner
             )

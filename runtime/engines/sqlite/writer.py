@@ -200,7 +200,10 @@ class Writer(threading.Thread):
                     posted.error = exc
             db.execute("COMMIT")
         except Exception as exc:
-            error = StorageFailed(str(exc)) if isinstance(exc, sqlite3.Error) else exc
+            error: BaseException = exc
+            if isinstance(exc, sqlite3.Error):
+                error = StorageFailed(str(exc))
+                error.__cause__ = exc
             for posted in batch:
                 posted.error = error
             if db.in_transaction:
