@@ -49,6 +49,8 @@ RING = 1024
 RING_BYTES = 16 * 1024 * 1024
 #: Lines that a watcher is given at a time.
 BATCH = 256
+#: A batch ends with the line that reaches this size.
+BATCH_BYTES = 1024 * 1024
 
 
 class Engine(Protocol):
@@ -263,7 +265,14 @@ class Tail:
         if not lines or lines[0].seq > seq + 1:
             return None
         start = len(lines) - (self.last - seq)
-        return [lines[i] for i in range(start, min(len(lines), start + BATCH))]
+        batch: list[StoredLine] = []
+        size = 0
+        for i in range(start, min(len(lines), start + BATCH)):
+            if size >= BATCH_BYTES:
+                break
+            batch.append(lines[i])
+            size += len(lines[i].body)
+        return batch
 
     async def changed(self, seq: int, calls: int, timeout: float | None) -> None:
         """Wait for a line after `seq`, for a call after the first `calls`, or `timeout` seconds."""

@@ -138,7 +138,6 @@ class Feed:
         self._root_step = 0
         #: The nodes of the root's superstep that are done.
         self._superstep: list[str] = []
-        self._entered = not history.has_values
         self._tokens: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
         self._token_timer: asyncio.TimerHandle | None = None
         self._seen: dict[str, Visit] = {}
@@ -432,18 +431,14 @@ class Feed:
     def _values(self, values: Any) -> None:
         if self.interrupted or (isinstance(values, dict) and _INTERRUPT in values):
             return
-        if not self._entered:
-            # After a crash LangGraph begins with the state that the log has already.
-            self._entered = True
-            if not self._superstep:
-                return
-        self._entered = True
         self._values_line(values)
 
     def _values_line(self, values: Any) -> None:
         nodes, self._superstep = self._superstep, []
-        where = {"step": self._root_step} if nodes else {"step": 0}
-        self._line("values", {"values": values, "nodes": nodes}, where)
+        step, said = (self._root_step if nodes else 0), self._history.values_step
+        # After a crash LangGraph tells states that the log has already.
+        if said is None or (nodes and step > said):
+            self._line("values", {"values": values, "nodes": nodes}, {"step": step})
 
     def _superstep_ended(self) -> None:
         """LangGraph says nothing of the state when a superstep did not change it."""

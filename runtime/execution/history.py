@@ -49,7 +49,8 @@ class History:
         #: Bytes of the stored lines.
         self.log_bytes = 0
         self.tasks: dict[str, TaskRecord] = {}
-        self.has_values = False
+        #: The superstep of the last `values` line that counts.
+        self.values_step: int | None = None
         self._queued_at: float | None = None
         self._started_at: float | None = None
         self._first_output_at: float | None = None
@@ -109,7 +110,8 @@ class History:
                     kind = name.removesuffix("_tokens")
                     self._tokens[kind] = self._tokens.get(kind, 0) + count
         elif type == "values":
-            self.has_values = True
+            assert where is not None
+            self.values_step = where["step"]
         elif type == "run.queued":
             self._queued_at = ts
         elif type == "run.started":
@@ -164,7 +166,10 @@ class History:
     def _recovered(self, data: Mapping[str, Any]) -> None:
         self._asleep.clear()
         for lost in data.get("lost") or ():
-            self.tasks.pop(lost["task"], None)
+            record = self.tasks.pop(lost["task"], None)
+            # A superstep that is repeated says its values again.
+            if record is not None and not record.path and self.values_step is not None:
+                self.values_step = max(0, min(self.values_step, record.step - 1))
 
     def statistics(self, now: float) -> dict[str, Any]:
         """The numbers of a terminal line; what does not apply is absent."""

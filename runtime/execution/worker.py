@@ -95,7 +95,8 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._announced: dict[str, Run] = {}
         self._claiming: set[str] = set()
-        self._missing: set[str] = set()
+        #: Run id → its graph, which is not served, and when that was seen first.
+        self._missing: dict[str, tuple[str, float]] = {}
         self._swallowers: dict[str, tuple[str, str]] = {}
         self._cancelled_early: dict[str, str] = {}
         self._solo: str | None = None
@@ -189,7 +190,7 @@ class Worker:
     @property
     def missing_graphs(self) -> Sequence[str]:
         """Graphs that runs wait for and that are not served."""
-        return sorted(self._missing)
+        return sorted({graph for graph, _ in self._missing.values()})
 
     @property
     def abandoned(self) -> int:
@@ -220,9 +221,11 @@ class Worker:
             if run.run_id in self._runners or run.run_id in self._claiming:
                 continue
             expired = run.deadline is not None and run.deadline <= self._clock()
+            if not expired and run.cancel_reason is None and self._waits_for_graph(run):
+                continue
             suspect = run.crashes + _crashed(run) >= SUSPECT
             # A suspect runs alone, once the others are done.
-            if not expired and (self._busy() or (suspect and self._runners)):
+            if not expired and (self._busy() or (suspect and (self._runners or self._claiming))):
                 continue
             self._announced.pop(run.run_id, None)
             self._claiming.add(run.run_id)
@@ -238,7 +241,8 @@ class Worker:
         if now - self._swept_at < SWEEP_S:
             return ()
         self._swept_at = now
-        found = await self._engine.claimable(2 * self._settings.slots)
+        # Those that wait for a graph must not hide the others.
+        found = await self._engine.claimable(2 * self._settings.slots + len(self._missing))
         return [run for run in found if run.run_id not in self._announced]
 
     def _busy(self) -> bool:
@@ -355,22 +359,28 @@ class Worker:
                 return run_id, node
         return self._executor.holder(thread_id)
 
+    def _waits_for_graph(self, run: Run) -> bool:
+        """Whether the run's graph is not served, and may still come."""
+        if run.graph in self._graphs.names():
+            return False
+        now = time.monotonic()
+        _, since = self._missing.setdefault(run.run_id, (run.graph, now))
+        return now - since <= self._settings.graph_wait_s
+
     async def _graph(self, run: Run) -> LoadedGraph | None:
-        """The run's graph; a run whose graph is not served waits for it, and then fails."""
+        """The run's graph; a run whose graph did not come in time fails."""
         try:
             return self._graphs.get(run.graph)
         except UnknownGraph as exc:
-            self._missing.add(run.graph)
-            if self._clock() - run.updated_at > self._settings.graph_wait_s:
-                error = {
-                    "code": "graph_unavailable",
-                    "error_class": "other",
-                    "error_type": "UnknownGraph",
-                    "detail": str(exc),
-                }
-                await self._end_unclaimed(
-                    run, Outcome("run.failed", {"status": "error", "error": error})
-                )
+            error = {
+                "code": "graph_unavailable",
+                "error_class": "other",
+                "error_type": "UnknownGraph",
+                "detail": str(exc),
+            }
+            await self._end_unclaimed(
+                run, Outcome("run.failed", {"status": "error", "error": error})
+            )
             return None
 
     async def _prepare(self, run: Run, graph: LoadedGraph) -> _Claim:
@@ -443,6 +453,7 @@ class Worker:
     async def _end_unclaimed(self, run: Run, outcome: Outcome) -> Run:
         """A terminal line for a run that nobody executes."""
         self._announced.pop(run.run_id, None)
+        self._missing.pop(run.run_id, None)
         history = History.read(await self._log_of(run))
         now = self._clock()
         data = {"final": True, **outcome.data, **history.statistics(now)}

@@ -25,6 +25,7 @@ import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from runtime.engines.base import (
+    BATCH_BYTES,
     NOT_A_RESULT,
     Checkpointed,
     Tails,
@@ -294,9 +295,10 @@ class SqliteEngine:
 
     async def read(self, run_id: str, after: int, limit: int = 1000) -> Sequence[StoredLine]:
         rows = await self._fetch(
-            "SELECT seq, type, body FROM run_events WHERE run_id = ? AND seq > ? "
-            "ORDER BY seq LIMIT ?",
-            (run_id, after, limit),
+            "SELECT seq, type, body FROM (SELECT seq, type, body, "
+            "sum(length(body)) OVER (ORDER BY seq) - length(body) AS before FROM run_events "
+            "WHERE run_id = ? AND seq > ? ORDER BY seq LIMIT ?) WHERE before < ?",
+            (run_id, after, limit, BATCH_BYTES),
         )
         return [StoredLine(seq=seq, type=type, body=body) for seq, type, body in rows]
 
