@@ -253,7 +253,6 @@ class Feed:
             self.failure = None
 
     def _retrying(self, seen: NodeRetrying) -> None:
-        record = self._history.tasks.get(seen.visit.task)
         self._forget(seen.visit.task)
         self._line(
             "node.retrying",
@@ -262,7 +261,7 @@ class Feed:
                 "retry_in_ms": round(seen.retry_in_s * 1000, 1),
                 "jitter_ms": round(seen.jitter_s * 1000, 1),
                 "max_attempts": seen.max_attempts,
-                "discard_from": record.attempt_seq if record else self._history.last_seq + 1,
+                "discard_from": self._history.superseded_from(seen.visit.task),
             },
             self._where(seen.visit, seen.attempt),
         )

@@ -171,6 +171,19 @@ class History:
             if record is not None and not record.path and self.values_step is not None:
                 self.values_step = max(0, min(self.values_step, record.step - 1))
 
+    def superseded_from(self, task: str) -> int:
+        """The first seq of what a retry of a task repeats: its attempt, and what was kept of its
+        graphs from before a crash."""
+        record = self.tasks.get(task)
+        if record is None:
+            return self.last_seq + 1
+        kept = [
+            inner.first_seq
+            for inner in self.tasks.values()
+            if task in inner.path and inner.first_seq < record.first_seq
+        ]
+        return min([record.attempt_seq, *kept])
+
     def statistics(self, now: float) -> dict[str, Any]:
         """The numbers of a terminal line; what does not apply is absent."""
         started = self._started_at

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def install(folder: Path) -> None:
     capped = False
     written: Counter[str] = Counter()
     plain = writer.Writer._commit
+    slow = float(os.environ.get("CHAOS_SLOW_S", "0"))
     one_by_one = bool(os.environ.get("CHAOS_ONE_BY_ONE"))
 
     def commit(self: Any, db: sqlite3.Connection, batch: list[Any]) -> None:
@@ -50,6 +52,7 @@ def install(folder: Path) -> None:
                 written[thread] += 1
                 if written[thread] == int(thread.split("-")[1]):
                     posted.operation = _failing(posted.operation)
+        time.sleep(slow)
         plain(self, db, batch)
         if counted and kill.exists():
             committed += 1
