@@ -852,3 +852,14 @@ for number in range(1000):
 
     assert [line["number"] for line in parsed(done.stdout)] == list(range(1000))
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(("level", "heard"), [("INFO", False), ("DEBUG", True)])
+def test_http_clients_tell_of_every_request_only_when_asked(level: str, heard: bool) -> None:
+    stream = io.BytesIO()
+    with configure(level=level, stream=stream):
+        logging.getLogger("httpx2").info("HTTP Request: GET /")
+        logging.getLogger("httpx2").warning("odd")
+
+    assert (b"HTTP Request" in stream.getvalue()) is heard
+    assert b"odd" in stream.getvalue()

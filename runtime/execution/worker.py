@@ -211,13 +211,18 @@ class Worker:
                 await self._claim_all()
             except StorageFailed as exc:
                 self._log.warning("Store cannot be read", error=str(exc))
+            except Exception:
+                self._log.exception("Claiming failed; trying again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), SWEEP_S)
 
     async def _claim_all(self) -> None:
-        for run in [*self._announced.values(), *await self._sweep()]:
+        swept = await self._sweep()
+        for run in [*self._announced.values(), *(swept or ())]:
             if self.draining:
                 return
+            if swept is None and self._busy():
+                return  # what has expired meanwhile is seen with the next sweep
             if run.run_id in self._runners or run.run_id in self._claiming:
                 continue
             expired = run.deadline is not None and run.deadline <= self._clock()
@@ -235,11 +240,14 @@ class Worker:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _sweep(self) -> Sequence[Run]:
-        """Runs that nobody announced here: from before a restart, or with an expired lease."""
+    async def _sweep(self) -> Sequence[Run] | None:
+        """Runs that nobody announced here: from before a restart, or with an expired lease.
+
+        None when it is not time to look.
+        """
         now = time.monotonic()
         if now - self._swept_at < SWEEP_S:
-            return ()
+            return None
         self._swept_at = now
         # Those that wait for a graph must not hide the others.
         found = await self._engine.claimable(2 * self._settings.slots + len(self._missing))
