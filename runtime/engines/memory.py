@@ -213,8 +213,8 @@ class MemoryEngine:
         saver = self._store.saver
         stored = {
             task
-            for (thread, _, _), writes in saver.writes.items()
-            if thread == thread_id
+            for (thread, ns, checkpoint), writes in saver.writes.items()
+            if thread == thread_id and checkpoint in saver.storage[thread][ns]
             for (task, _), (_, channel, _, _) in writes.items()
             if channel not in NOT_A_RESULT
         }

@@ -303,6 +303,7 @@ async def many(state: State, config: RunnableConfig) -> State:
     return {"seen": ["many"]}
 
 
+short = _single(prepare, finish)
 freezing = _single(freeze, finish)
 deadly = _single(die)
 careful_then_deadly = _single(prepare, finish, die)

@@ -201,9 +201,9 @@ def _nothing(server: Server, thread: str) -> None:
     return None
 
 
-def _interrupted(graph: str, *answers: Any) -> Callable[[Server, str], None]:
+def _interrupted(graph: str, *answers: Any, **more: Any) -> Callable[[Server, str], None]:
     def setup(server: Server, thread: str) -> None:
-        run_id = server.submit(graph, thread, stream=ALL)
+        run_id = server.submit(graph, thread, stream=ALL, **more)
         assert server.lines(run_id)[-1]["type"] == "run.interrupted"
         for answer in answers:
             run_id = server.resume(thread, answer)
@@ -258,6 +258,19 @@ def test_a_breakpoint_is_passed_once(one_by_one: Server) -> None:
     Sweep(one_by_one, go_on, _interrupted("guarded")).check(_sync_promise)
 
 
+@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
+def test_a_second_run_on_a_thread_takes_its_own_input(
+    serving: Callable[..., Server], durability: str
+) -> None:
+    """The checkpoint that recovery finds may be the earlier run's."""
+    server = serving(CHAOS_ONE_BY_ONE="1", CHAOS_SLOW_S="0.01").start()
+
+    def earlier(server: Server, thread: str) -> None:
+        assert server.lines(server.submit("short", thread))[-1]["type"] == "run.completed"
+
+    Sweep(server, _begin("short", durability=durability), earlier).check(_no_promise)
+
+
 @pytest.mark.parametrize(
     ("before", "answer"),
     [
@@ -265,13 +278,19 @@ def test_a_breakpoint_is_passed_once(one_by_one: Server) -> None:
         pytest.param(("one",), "two", id="last question"),
     ],
 )
+@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
 def test_an_answer_meets_its_question_and_no_other(
-    one_by_one: Server, before: tuple[str, ...], answer: str
+    serving: Callable[..., Server], before: tuple[str, ...], answer: str, durability: str
 ) -> None:
+    slow = "0" if durability == "sync" else "0.01"
+    server = serving(CHAOS_ONE_BY_ONE="1", CHAOS_SLOW_S=slow).start()
+
     def reply(server: Server, thread: str) -> str:
         return server.resume(thread, answer)
 
-    Sweep(one_by_one, reply, _interrupted("asking", *before)).check(_sync_promise)
+    asked = _interrupted("asking", *before, durability=durability)
+    promise = _sync_promise if durability == "sync" else _no_promise
+    Sweep(server, reply, asked).check(promise)
 
 
 @pytest.mark.parametrize("slow", ["0", "0.02"], ids=["fast disk", "slow disk"])

@@ -337,8 +337,11 @@ class SqliteEngine:
 
     async def checkpointed(self, thread_id: str) -> Checkpointed:
         marks = ", ".join("?" * len(NOT_A_RESULT))
+        # A result is worth nothing without the checkpoint that it belongs to.
         stored = await self._fetch(
-            f"SELECT DISTINCT task_id FROM writes WHERE thread_id = ? AND channel NOT IN ({marks})",
+            "SELECT DISTINCT task_id FROM writes "
+            "JOIN checkpoints USING (thread_id, checkpoint_ns, checkpoint_id) "
+            f"WHERE thread_id = ? AND channel NOT IN ({marks})",
             (thread_id, *NOT_A_RESULT),
         )
         latest = await self._fetch(
