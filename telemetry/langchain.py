@@ -27,10 +27,10 @@ from langgraph.constants import TAG_NOSTREAM
 from telemetry.langgraph import Attempt, SeamMismatch, current_attempt
 from telemetry.tenacity import open_calls
 
-__all__ = ["MESSAGES", "install", "uninstall"]
+__all__ = ["MESSAGE", "TOKEN", "install", "uninstall"]
 
-#: The stream mode that asks for these parts.
-MESSAGES = "messages"
+#: The modes of these parts; LangGraph's own streams have neither.
+TOKEN, MESSAGE = "token", "message"
 _START = "on_chat_model_start"
 _PARAMETERS = ("self", "serialized", "messages", "run_id", "kwargs")
 
@@ -75,7 +75,7 @@ def _joined(original: Any) -> Any:
         if (
             attempt is not None
             and attempt.stream is not None
-            and MESSAGES in attempt.stream.modes
+            and TOKEN in attempt.stream.modes
             and TAG_NOSTREAM not in self.tags
         ):
             self.add_handler(_Tap(attempt, open_calls.get()), inherit=False)
@@ -107,13 +107,13 @@ class _Tap(BaseCallbackHandler, _StreamingCallbackHandler[Any]):
             return
         text, message_id = str(chunk.message.text), chunk.message.id
         if text and message_id:
-            self._emit("token", message_id, text)
+            self._emit(TOKEN, message_id, text)
 
     def on_llm_end(self, response: Any, **kwargs: Any) -> None:
         for generations in response.generations:
             message = getattr(generations[0], "message", None) if generations else None
             if message is not None and message.id is not None:
-                self._emit("message", message)
+                self._emit(MESSAGE, message)
 
     def _emit(self, kind: str, *what: Any) -> None:
         attempt, visit = self._attempt, self._attempt.visit

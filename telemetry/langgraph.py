@@ -336,7 +336,8 @@ class _Proxy:
         attempt = Attempt(self.visit, number, stream)
         self._attempts, self._open, self._opened = number, attempt, time.perf_counter()
         self._emit(AttemptStarted(visit=self.visit, attempt=number))
-        if stream is not None and "custom" in stream.modes:
+        # Another's stream gets custom values as they are.
+        if stream is not None and {ATTEMPTS, "custom"} <= stream.modes:
             visit = self.visit
 
             def write(value: Any) -> None:

@@ -11,6 +11,7 @@ import tenacity
 from langchain_core.callbacks import CallbackManager
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
+from langgraph.config import get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.pregel.protocol import StreamProtocol
 from langgraph.runtime import Runtime
@@ -72,7 +73,7 @@ def stream(state: State) -> State:
     "node", [pytest.param(n, id=n.__name__) for n in (ainvoke, astream, invoke, stream)]
 )
 async def test_tokens_and_the_whole_message_are_seen_however_a_model_is_called(node: Any) -> None:
-    parts = await parts_of(node, {"attempts", "messages"})
+    parts = await parts_of(node, {"attempts", "token", "message"})
 
     tokens = [data for kind, data in parts if kind == "token"]
     (message,) = [data[3] for kind, data in parts if kind == "message"]
@@ -90,7 +91,7 @@ async def test_a_model_tagged_nostream_is_not_heard() -> None:
         await model("secret").with_config(tags=["nostream"]).ainvoke("hi")
         return {}
 
-    assert await parts_of(quiet, {"attempts", "messages"}) == []
+    assert await parts_of(quiet, {"attempts", "token", "message"}) == []
 
 
 async def test_the_operations_around_a_model_call_are_named() -> None:
@@ -103,7 +104,7 @@ async def test_the_operations_around_a_model_call_are_named() -> None:
         await model("two").ainvoke("hi")
         return {}
 
-    parts = await parts_of(node, {"attempts", "messages"})
+    parts = await parts_of(node, {"attempts", "token", "message"})
 
     calls = {data[-1].text: data[2] for kind, data in parts if kind == "message"}
     assert len(calls["one"]) == 1
@@ -115,7 +116,7 @@ async def test_concurrent_models_do_not_hear_each_other() -> None:
         await asyncio.gather(*[model(f"model {i} speaks").ainvoke("hi") for i in range(5)])
         return {}
 
-    parts = await parts_of(node, {"attempts", "messages"})
+    parts = await parts_of(node, {"attempts", "token", "message"})
 
     texts: dict[str, str] = {}
     for kind, data in parts:
@@ -139,3 +140,18 @@ def test_unknown_parameters_are_refused_and_nothing_is_changed(
         langchain.install()
 
     assert CallbackManager.on_chat_model_start is before
+
+
+async def test_somebody_elses_stream_gets_what_langgraph_sends() -> None:
+    async def node(state: State) -> State:
+        get_stream_writer()({"mine": 1})
+        return {"text": str((await model("two words").ainvoke("hi")).text)}
+
+    inner = StateGraph(State).add_node("say", node).add_edge(START, "say").compile()
+    graph = StateGraph(State).add_node("sub", inner).add_edge(START, "sub").compile()
+    parts = graph.astream({}, stream_mode=["messages", "custom"], subgraphs=True)
+    seen = [(mode, data) async for _, mode, data in parts]
+
+    assert [data for mode, data in seen if mode == "custom"] == [{"mine": 1}]
+    assert {mode for mode, _ in seen} == {"messages", "custom"}
+    assert "".join(str(data[0].text) for mode, data in seen if mode == "messages") == "two words"

@@ -26,6 +26,7 @@ from runtime.execution.history import History
 from runtime.model import Lease
 from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
+from telemetry.langchain import MESSAGE, TOKEN
 from telemetry.observations import (
     ATTEMPTS,
     AttemptStarted,
@@ -100,7 +101,9 @@ class Feed:
             run_id=lease.run_id, thread_id=lease.thread_id
         )
 
-        self.modes = {"tasks", "updates", "values", ATTEMPTS} | (modes & {"custom", "messages"})
+        self.modes = {"tasks", "updates", "values", ATTEMPTS} | (modes & {"custom"})
+        if "messages" in modes:
+            self.modes |= {TOKEN, MESSAGE}
         #: The root graph's latest state, as its output schema shows it.
         self.output: Any = None
         #: Whether the graph asked to stop for a human, or met a static breakpoint.
@@ -168,7 +171,7 @@ class Feed:
         """What a thread hands over: its node may change the value before the loop encodes it."""
         if mode == "custom":
             return Custom(visit=data.visit, attempt=data.attempt, value=self._copied(data.value))
-        if mode == "message":
+        if mode == MESSAGE:
             task, attempt, calls, message = data
             return task, attempt, calls, self._copied(_message_data(message))
         if mode == "tasks":
@@ -212,9 +215,9 @@ class Feed:
                 self.output = data
                 if "values" in self._recorded:
                     self._values(data)
-            elif mode == "token":
+            elif mode == TOKEN:
                 self._token(*data)
-            elif mode == "message":
+            elif mode == MESSAGE:
                 task, attempt, calls, message = data
                 # From this thread it comes as it is, from others copied already.
                 described = _message_data(message) if hasattr(message, "content") else message
