@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -208,16 +208,41 @@ class History:
 
 
 def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
-    """The tasks that will run again because no checkpoint holds them, oldest first.
+    """The tasks that will run again because no checkpoint holds them, oldest first."""
+    is_held, anew = _holder(history, held), begun_anew(history, held)
+    return sorted(
+        (
+            record
+            for record in history.tasks.values()
+            if not is_held(record) or not anew.isdisjoint(record.path)
+        ),
+        key=lambda record: record.first_seq,
+    )
 
-    A task is held when its result is stored, when its graph has a checkpoint of its superstep,
-    or when a call around it is held. Of one that is open there is no such checkpoint: its end
-    would stand in the log before it.
+
+def begun_anew(history: History, held: Checkpointed) -> set[str]:
+    """Tasks that will run again and that a retry had begun anew: what their graphs wrote before it
+    is discarded, so the graphs must begin anew as well.
+
+    LangGraph counts a task's graphs over its attempts, and begins to count again in a new process:
+    it would go on from a checkpoint of the first attempt.
+    """
+    is_held = _holder(history, held)
+    return {
+        record.task
+        for record in history.tasks.values()
+        if (record.attempt > 1 or record.retrying) and not is_held(record)
+    }
+
+
+def _holder(history: History, held: Checkpointed) -> Callable[[TaskRecord], bool]:
+    """Tells whether a task is held: when its result is stored, when its graph has a checkpoint of
+    its superstep, or when a call around it is held. Of one that is open there is no such
+    checkpoint: its end would stand in the log before it.
     """
     # Of several graphs that one task calls, all but the first have a number in their namespace,
     # which lines do not tell: what one has a checkpoint of says nothing of the others.
     several = {plain for ns in held.steps if (plain := _without_numbers(ns)) != ns}
-    anew = begun_anew(history, held)
 
     def has_checkpoint(record: TaskRecord) -> bool:
         namespace = record.namespace
@@ -228,8 +253,6 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
         )
 
     def is_held(record: TaskRecord) -> bool:
-        if not anew.isdisjoint(record.path):
-            return False
         return (
             (record.task in held.stored and not record.node.startswith(_HANDLERS))
             or has_checkpoint(record)
@@ -240,25 +263,7 @@ def superseded(history: History, held: Checkpointed) -> list[TaskRecord]:
             )
         )
 
-    return sorted(
-        (record for record in history.tasks.values() if not is_held(record)),
-        key=lambda record: record.first_seq,
-    )
-
-
-def begun_anew(history: History, held: Checkpointed) -> set[str]:
-    """Open tasks that a retry had begun anew: what their graphs wrote before it is discarded.
-
-    LangGraph counts a task's graphs over its attempts, and begins to count again in a new process:
-    it would go on from a checkpoint of the first attempt.
-    """
-    return {
-        record.task
-        for record in history.tasks.values()
-        if record.open
-        and (record.attempt > 1 or record.retrying)
-        and record.task not in held.stored
-    }
+    return is_held
 
 
 #: Nodes that LangGraph makes to handle errors. It runs them again though their result is stored.
