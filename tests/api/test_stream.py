@@ -179,6 +179,7 @@ async def test_a_cursor_ahead_of_the_log_is_400(server: Server, gates: Stage, en
     else:
         run_id = await server.start("gated")
         await gates.arrival("first")
+        await written(server, run_id, 3)
     last_seq = (await server.get(f"/v1/runs/{run_id}")).json()["last_seq"]
 
     told = problem(await server.replay(run_id, after=last_seq + 1), 400, "cursor_ahead")
