@@ -56,7 +56,8 @@ async def _measure(
         samples["idle RSS (MiB)", kind].append(process.memory_info().rss / 2**20)
         await burst(port, "chain", runs=20, concurrency=4)
         await burst(port, "events", runs=10, concurrency=4)
-    for _ in range(rounds):
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for concurrency in CONCURRENCY:
             for graph in ("chain", "events"):
                 for kind, (port, process) in ports.items():

@@ -249,6 +249,7 @@ async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Ser
                 server_header=False,
                 timeout_graceful_shutdown=5,
             ),
+            services,
             worker,
         )
         await server.serve()
@@ -258,8 +259,9 @@ async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Ser
 class Server(uvicorn.Server):
     """Drains before it stops listening: readers keep their streams until runs are let go."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(self, config: uvicorn.Config, services: Services, worker: Worker) -> None:
         super().__init__(config)
+        self._services = services
         self._worker = worker
         self._draining: asyncio.Task[None] | None = None
 
@@ -269,12 +271,19 @@ class Server(uvicorn.Server):
             await super().startup(sockets)
         except SystemExit as exc:  # uvicorn's word for a port that it cannot have
             raise BadSetting(
-                f"SERENO_PORT: cannot listen on {self.config.host}:{self.config.port}; "
-                "choose another port, or 0 for a free one"
+                f"SERENO_PORT: cannot listen on {self.config.host}:{self.config.port} "
+                "(in use?); choose another port, or 0 for a free one"
             ) from exc
         if self.started:
             port = self.servers[0].sockets[0].getsockname()[1]
-            _log.info("Serving", host=self.config.host, port=port)
+            _log.info(
+                "Serving",
+                host=self.config.host,
+                port=port,
+                url=f"http://{self.config.host}:{port}",
+                graphs=list(self._services.graphs.names()),
+                engine=self._services.settings.engine,
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None:

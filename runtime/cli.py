@@ -124,9 +124,11 @@ def serve(
     wait_lock: Annotated[
         bool, typer.Option("--wait-lock", help="Wait for the store's lock.")
     ] = False,
-    log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO, WARNING, ERROR or CRITICAL.")
+    ] = None,
 ) -> None:
-    """Serve graphs. Every option can also be set as SERENO_<NAME>."""
+    """Serve graphs. Every setting can also be given as SERENO_<NAME>."""
     # What only some commands need, and what takes long to import, is imported by them.
     from runtime import settings
 

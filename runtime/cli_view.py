@@ -291,7 +291,7 @@ def runs_table(runs: Sequence[Mapping[str, Any]], now: float, width: int) -> Tab
     table = Table(box=None, pad_edge=False, header_style="bold")
     wide = width >= 100
     table.add_column("run", no_wrap=True)
-    table.add_column("graph", overflow="fold")
+    table.add_column("graph", overflow="fold", min_width=8)
     if wide:
         table.add_column("thread", overflow="fold")
     table.add_column("status", no_wrap=True)
@@ -317,7 +317,7 @@ def runs_table(runs: Sequence[Mapping[str, Any]], now: float, width: int) -> Tab
 def graphs_table(graphs: Sequence[Mapping[str, Any]]) -> Table:
     """Graphs that a server has, with what a run of one can start from."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("graph", overflow="fold")
+    table.add_column("graph", overflow="fold", min_width=8)
     for name in ("nodes", "default input", "description"):
         table.add_column(name, overflow="fold")
     for graph in graphs:

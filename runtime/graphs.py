@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+import traceback
 import typing
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import (
@@ -363,7 +364,15 @@ def _blaming(name: str, source: str) -> Iterator[None]:
 
 
 def _cause(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}"
+    """What happened, and where in the user's code."""
+    cause = f"{type(exc).__name__}: {exc}"
+    frames = traceback.extract_tb(exc.__traceback__)
+    ours = (str(Path(__file__).parent), "<frozen ")
+    if frames and not frames[-1].filename.startswith(ours):
+        cause += f" ({frames[-1].filename}:{frames[-1].lineno})"
+    if isinstance(exc, ModuleNotFoundError):
+        cause += "; install what the graph needs beside Sereno: .venv/bin/pip install ..."
+    return cause
 
 
 def _attribute(entry: _Entry) -> Any:

@@ -159,7 +159,8 @@ def _configure_logging(level: int, lines: _Lines, writer: _Writer, undo: ExitSta
         # We write our own access line; without a handler uvicorn does not even make its.
         logger.disabled = name == "uvicorn.access"
         logger.propagate = not logger.disabled
-    for name in ("httpx", "httpx2"):  # a line at INFO for every request
+    # A line at INFO for every request, and for every retry that we tell of ourselves.
+    for name in ("httpx", "httpx2", "langgraph.pregel._retry"):
         logger = logging.getLogger(name)
         _remember(logger, undo)
         logger.setLevel(level if level < logging.INFO else max(level, logging.WARNING))

@@ -257,11 +257,13 @@ class Feed:
 
     def _retrying(self, seen: NodeRetrying) -> None:
         self._forget(seen.visit.task)
+        error, pause = self._error(seen.error), round(seen.retry_in_s * 1000, 1)
+        self._warn("node.retrying", seen.visit, seen.attempt, seen.error, retry_in_ms=pause)
         self._line(
             "node.retrying",
             {
-                **self._error(seen.error),
-                "retry_in_ms": round(seen.retry_in_s * 1000, 1),
+                **error,
+                "retry_in_ms": pause,
                 "jitter_ms": round(seen.jitter_s * 1000, 1),
                 "max_attempts": seen.max_attempts,
                 "discard_from": self._history.superseded_from(seen.visit.task),
@@ -367,13 +369,17 @@ class Feed:
         if seen.visit is None:
             return
         error = self._error(seen.error) if seen.error is not None else {"error_class": "other"}
+        pause = round(seen.retry_in_s * 1000, 1)
+        self._warn(
+            "call.retrying", seen.visit, seen.attempt, seen.error, call=seen.call, retry_in_ms=pause
+        )
         self._line(
             "call.retrying",
             {
                 "call": seen.call,
                 "attempt": seen.attempt,
                 **error,
-                "retry_in_ms": round(seen.retry_in_s * 1000, 1),
+                "retry_in_ms": pause,
                 "message_ids": list(made),
             },
             self._where(seen.visit, seen.node_attempt or 1),
@@ -457,6 +463,22 @@ class Feed:
         where = {**_where_of(visit), "attempt": attempt, "step": visit.step}
         self._wheres[visit.task] = (visit, attempt, where)
         return where
+
+    def _warn(
+        self, event: str, visit: Visit, attempt: int, error: BaseException | None, **more: Any
+    ) -> None:
+        """A retry as the log tells it; its message is for who is on call, not for the client."""
+        self._log.warning(
+            "Node retrying" if event == "node.retrying" else "Call retrying",
+            event_type=event,
+            node=visit.node,
+            attempt=attempt,
+            task=visit.task,
+            error_class=classify(error),
+            error_type=error_type(error) if error is not None else None,
+            error=str(error)[:500] if error is not None else None,
+            **more,
+        )
 
     def _error(self, error: BaseException) -> dict[str, Any]:
         described = {"error_class": classify(error), "error_type": error_type(error)}

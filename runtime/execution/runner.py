@@ -285,7 +285,15 @@ class Runner:
             described |= {"node": node.visit.node, "task": node.visit.task}
         if self._settings.expose_errors:
             described["detail"] = str(error)[:2000]
-        self._log.warning("Run failed", event_type="run.failing", code=code, error=str(error)[:500])
+        self._log.warning(
+            "Run failing",
+            code=code,
+            node=described.get("node"),
+            task=described.get("task"),
+            error_class=described["error_class"],
+            error_type=described["error_type"],
+            exc_info=error,
+        )
         return Outcome("run.failed", {"status": "error", "error": described})
 
     def _stopped(self, stop: Stop) -> Outcome | None:

@@ -246,15 +246,23 @@ async def test_a_body_that_is_no_object_is_422(server: Server, body: bytes) -> N
     assert problem(answer, 422, "invalid_request")["field"] == "body"
 
 
-async def test_a_body_of_another_type_is_422(server: Server) -> None:
-    answer = await server.request(
-        "POST",
-        "/v1/runs",
-        body=b'{"graph":"free","input":{}}',
-        headers={"content-type": "text/plain"},
-    )
+FORM = {"content-type": "application/x-www-form-urlencoded"}
 
-    assert problem(answer, 422, "invalid_request")["field"] == "body"
+
+async def test_a_body_without_a_type_is_json_as_curl_sends_it(server: Server) -> None:
+    body = b'{"graph":"free","input":{}}'
+    answer = await server.request("POST", "/v1/runs", body=body, headers=FORM)
+
+    assert answer.status == 202, answer.body
+
+
+async def test_a_form_from_a_page_of_another_site_is_refused(server: Server) -> None:
+    body = b'{"graph":"free","input":{}}'
+    headers = {**FORM, "origin": "https://example.com"}
+    answer = await server.request("POST", "/v1/runs", body=body, headers=headers)
+
+    told = problem(answer, 415, "unsupported_media_type")
+    assert "Content-Type: application/json" in told["detail"]
 
 
 @pytest.mark.parametrize(
