@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any, Literal, get_args
 
-__all__ = ["ERROR_CLASSES", "ErrorClass", "classify", "error_type"]
+__all__ = ["ERROR_CLASSES", "ErrorClass", "classify", "error_text", "error_type"]
 
 #: `error_class`, on metrics, spans, logs and lines: closed, so that it can be a metric's label.
 ErrorClass = Literal[
@@ -110,6 +110,14 @@ def classify(exc: BaseException | None) -> ErrorClass:
 def error_type(exc: BaseException) -> str:
     """`error.type`: the exception's class name. Never a metric label."""
     return type(exc).__name__
+
+
+def error_text(exc: BaseException, limit: int = 2_000) -> str:
+    """An exception's message. Never raises, whatever its `__str__` does."""
+    try:
+        return str.__str__(str(exc))[:limit]
+    except Exception:
+        return f"<{type(exc).__name__} without a message>"
 
 
 def _classify(exc: BaseException | None, depth: int) -> ErrorClass:

@@ -26,6 +26,25 @@ inner = StateGraph(State).add_node("add", add).add_edge(START, "add").add_edge("
 alone = inner.compile(checkpointer=False)
 without = StateGraph(State).add_node("sub", alone).add_edge(START, "sub").add_edge("sub", END)
 plain = inner.compile()
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+def leave(state):
+    import sys
+    sys.exit(3)
+
+async def interrupt(state):
+    raise KeyboardInterrupt
+
+async def unspeakable(state):
+    raise Unspeakable
+
+def of(node):
+    return StateGraph(State).add_node("n", node).add_edge(START, "n").compile()
+
+exits, interrupts, wordless = of(leave), of(interrupt), of(unspeakable)
 """
 
 
@@ -54,6 +73,17 @@ async def test_a_subgraph_without_a_checkpointer_runs_under_sync_durability(sour
     lines = await run(source, "without", {"n": 1})
 
     assert lines[-1]["type"] == "run.completed", lines[-1]
+
+
+@pytest.mark.parametrize("graph", ["exits", "interrupts", "wordless"])
+async def test_no_node_can_end_the_process_or_leave_its_run_without_an_end(
+    source: str, graph: str
+) -> None:
+    lines = await run(source, graph, {"n": 1})
+
+    assert lines[-1]["type"] == "run.failed"
+    assert lines[-1]["data"]["error"]["code"] == "node_error"
+    assert [line["type"] for line in lines].count("node.failed") == 1
 
 
 async def test_no_input_is_the_graphs_default(source: str) -> None:

@@ -75,7 +75,10 @@ class MemoryEngine:
                 raise StorageFailed(f"run {new.run_id!r} is there already")
             check_submit(new.thread_id, self._active(new.thread_id))
             check_lines(new.run_id, 0, 0, [queued])
-            now = self._clock()
+            newest = [
+                r.created_at for r in self._store.runs.values() if r.thread_id == new.thread_id
+            ]
+            now = max(self._clock(), max(newest, default=0.0) + 1e-6)
             run = Run(
                 run_id=new.run_id,
                 thread_id=new.thread_id,

@@ -24,7 +24,7 @@ from runtime.errors import LeaseLost, LogLimit, StorageFailed
 from runtime.events import Event, Sealer
 from runtime.execution.history import History
 from runtime.model import Lease
-from telemetry.contract import classify, error_type
+from telemetry.contract import classify, error_text, error_type
 from telemetry.encoding import JsonEncoder
 from telemetry.langchain import MESSAGE, TOKEN
 from telemetry.observations import (
@@ -476,14 +476,14 @@ class Feed:
             task=visit.task,
             error_class=classify(error),
             error_type=error_type(error) if error is not None else None,
-            error=str(error)[:500] if error is not None else None,
+            error=error_text(error, 500) if error is not None else None,
             **more,
         )
 
     def _error(self, error: BaseException) -> dict[str, Any]:
         described = {"error_class": classify(error), "error_type": error_type(error)}
         if self._expose_errors:
-            described["detail"] = str(error)[:2000]
+            described["detail"] = error_text(error)
         return described
 
     def _line(

@@ -24,7 +24,7 @@ from runtime.execution.history import History
 from runtime.graphs import LoadedGraph
 from runtime.model import Lease, Run
 from runtime.settings import Settings
-from telemetry.contract import classify, error_type
+from telemetry.contract import classify, error_text, error_type
 
 __all__ = ["Outcome", "Runner", "Stop", "mend_langgraph"]
 
@@ -284,7 +284,7 @@ class Runner:
         if node is not None:
             described |= {"node": node.visit.node, "task": node.visit.task}
         if self._settings.expose_errors:
-            described["detail"] = str(error)[:2000]
+            described["detail"] = error_text(error)
         self._log.warning(
             "Run failing",
             code=code,

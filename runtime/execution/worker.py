@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -101,6 +101,8 @@ class Worker:
         self._cancelled_early: dict[str, str] = {}
         self._solo: str | None = None
         self._swept_at = 0.0
+        #: Whether the last sweep left runs behind.
+        self._more = False
         self._wake = asyncio.Event()
         self._stopped = threading.Event()
         self._executor = NodeExecutor(settings.executor_threads)
@@ -109,6 +111,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._loop = loop
         loop.set_default_executor(self._executor)
+        loop.set_task_factory(_task)
         self._claimer = asyncio.create_task(self._claim_forever(), name="sereno-claimer")
         self._heart = threading.Thread(target=self._beat, name="sereno-heartbeat", daemon=True)
         self._heart.start()
@@ -121,6 +124,7 @@ class Worker:
             await self._claimer
         self._stopped.set()
         await _in_thread(self._heart.join)
+        self._loop.set_task_factory(None)
 
     # What the API asks for.
 
@@ -246,11 +250,13 @@ class Worker:
         None when it is not time to look.
         """
         now = time.monotonic()
-        if now - self._swept_at < SWEEP_S:
+        if now - self._swept_at < SWEEP_S and not (self._more and not self._busy()):
             return None
         self._swept_at = now
         # Those that wait for a graph must not hide the others.
-        found = await self._engine.claimable(2 * self._settings.slots + len(self._missing))
+        limit = 2 * self._settings.slots + len(self._missing)
+        found = await self._engine.claimable(limit)
+        self._more = len(found) == limit
         return [run for run in found if run.run_id not in self._announced]
 
     def _busy(self) -> bool:
@@ -311,14 +317,14 @@ class Worker:
             graph=run.graph,
             epoch=lease.epoch,
         )
+        runner = self._runner(run, lease, graph, claim, remaining)
         try:
-            runner = self._runner(run, lease, graph, claim, remaining)
             outcome = await self._drive(run, runner)
         except (LeaseLost, StorageFailed):
             raise
         except Exception as exc:
             self._log.exception("Run failed inside Sereno", run_id=run.run_id)
-            outcome = await self._end_broken(run, lease, claim, exc)
+            outcome = await self._end_broken(runner, claim, exc)
         if outcome is not None:
             self._tell(run, outcome)
 
@@ -338,14 +344,12 @@ class Worker:
             self._executor.abandon(run.run_id)
             self._abandon(run, runner)
 
-    async def _end_broken(self, run: Run, lease: Lease, claim: _Claim, exc: Exception) -> Outcome:
+    async def _end_broken(self, runner: Runner, claim: _Claim, exc: Exception) -> Outcome:
         """A fault of ours ends the run: left alone it would be taken for a crash, and repeated."""
-        now = self._clock()
         error = {"code": "internal", "error_class": classify(exc), "error_type": error_type(exc)}
-        data = {"final": True, "status": "error", "error": error, **claim.history.statistics(now)}
-        last = (await self._engine.get(run.run_id)).last_seq
-        event = claim.sealer.seal("run.failed", seq=last + 1, epoch=lease.epoch, ts=now, data=data)
-        await self._engine.append(lease, [event])
+        numbers = claim.history.statistics(self._clock())
+        data = {"final": True, "status": "error", "error": error, **numbers}
+        await runner.feed.end("run.failed", data)
         return Outcome("run.failed", data)
 
     def _abandon(self, run: Run, runner: Runner) -> None:
@@ -521,6 +525,42 @@ class _Claim:
     history: History
     #: Tasks whose subgraphs' checkpoints are discarded.
     anew: Collection[str]
+
+
+class NodeExited(RuntimeError):
+    """A node asked for the end of the process that it shares with others."""
+
+
+def _task(loop: Any, coro: Any, **more: Any) -> asyncio.Task[Any]:
+    """No task of a run may end the loop: asyncio lets SystemExit and KeyboardInterrupt out."""
+    context = more.get("context")
+    run = current_run.get() if context is None else context.get(current_run)
+    return asyncio.Task(coro if run is None else _KeptIn(coro), loop=loop, **more)
+
+
+class _KeptIn(Coroutine[Any, Any, Any]):
+    __slots__ = ("_coro",)
+
+    def __init__(self, coro: Any) -> None:
+        self._coro = coro
+
+    def send(self, value: Any) -> Any:
+        try:
+            return self._coro.send(value)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            raise NodeExited(f"{type(exc).__name__} inside a graph") from exc
+
+    def throw(self, *error: Any) -> Any:
+        try:
+            return self._coro.throw(*error)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            raise NodeExited(f"{type(exc).__name__} inside a graph") from exc
+
+    def close(self) -> None:
+        self._coro.close()
+
+    def __await__(self) -> Any:
+        return self._coro.__await__()
 
 
 class NodeExecutor(ThreadPoolExecutor):

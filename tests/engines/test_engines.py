@@ -1001,6 +1001,18 @@ class TestClosed:
         assert len(await log_of(other)) == 502
 
 
+async def test_the_newest_run_of_a_thread_is_the_last_one_when_the_clock_is_set_back(
+    engine: Engine, clock: Any
+) -> None:
+    lease = await claimed(engine)
+    await engine.append(lease, [line(3, "run.completed")])
+    clock.now -= 3600
+    await submitted(engine, "r2", "t1")
+
+    (newest,) = await engine.search(RunQuery(thread_id="t1", limit=1))
+    assert newest.run_id == "r2"
+
+
 def engine_renew(engine: Engine, lease: Any) -> Any:
     return engine.renew([lease], LEASE_S)[lease.run_id]
 

@@ -59,6 +59,13 @@ class TestLock:
         assert f"{path}.lock" in str(locked.value)
         assert "--wait-lock" in str(locked.value)
 
+    async def test_another_name_of_the_file_is_the_same_file(self, url: str, path: Path) -> None:
+        other = path.with_name("other.db")
+        async with SqliteEngine(url):
+            other.symlink_to(path)
+            with pytest.raises(EngineLocked):
+                await SqliteEngine(f"sqlite:///{other}").__aenter__()
+
     async def test_who_waits_gets_it_when_the_first_lets_go(self, url: str) -> None:
         first = await SqliteEngine(url).__aenter__()
         await submitted(first)

@@ -131,7 +131,12 @@ class SqliteEngine:
             ).fetchone()
             check_submit(new.thread_id, _run(active) if active else None)
             check_lines(new.run_id, 0, 0, [queued])
-            now = self._clock()
+            # The newest run of a thread is the last one submitted, also when the clock is set back.
+            newest = db.execute(
+                "SELECT max(created_at) FROM runs WHERE tenant = 'default' AND thread_id = ?",
+                (new.thread_id,),
+            ).fetchone()[0]
+            now = max(self._clock(), (newest or 0.0) + 1e-6)
             db.execute(
                 "INSERT INTO runs (run_id, thread_id, graph, graph_digest, request, status, "
                 "deadline, last_seq, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -488,6 +493,7 @@ class _FileLock:
             os.close(file)
             raise
         self._file = file
+        os.register_at_fork(after_in_child=self.release)  # a child would hold it on
 
     def release(self) -> None:
         if self._file is not None:
@@ -516,7 +522,7 @@ def _parse(url: str) -> tuple[Path, str]:
     synchronous = query.pop("sync", ["normal"])[-1]
     if synchronous not in ("normal", "full") or query:
         raise BadSetting(f"SERENO_ENGINE: {url!r}: only ?sync=normal and ?sync=full are known")
-    return Path(path), synchronous
+    return Path(path).resolve(), synchronous
 
 
 def _insert(db: Connection, run_id: str, events: Sequence[Event]) -> None:
