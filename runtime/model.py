@@ -87,6 +87,31 @@ class Run:
     started_at: float | None
     ended_at: float | None
 
+    @classmethod
+    def pending(cls, new: NewRun, *, now: float, last_seq: int = 0) -> Run:
+        """A new run as its row begins: nobody has claimed it."""
+        return cls(
+            run_id=new.run_id,
+            thread_id=new.thread_id,
+            graph=new.graph,
+            graph_digest=new.graph_digest,
+            request=new.request,
+            deadline=new.deadline,
+            status=RunStatus.PENDING,
+            epoch=0,
+            lease_owner=None,
+            lease_until=None,
+            crashes=0,
+            cancel_reason=None,
+            applied=False,
+            last_seq=last_seq,
+            terminal=None,
+            created_at=now,
+            updated_at=now,
+            started_at=None,
+            ended_at=None,
+        )
+
     @property
     def modes(self) -> Sequence[str]:
         """The stream modes that this run records."""

@@ -79,27 +79,7 @@ class MemoryEngine:
                 r.created_at for r in self._store.runs.values() if r.thread_id == new.thread_id
             ]
             now = max(self._clock(), max(newest, default=0.0) + 1e-6)
-            run = Run(
-                run_id=new.run_id,
-                thread_id=new.thread_id,
-                graph=new.graph,
-                graph_digest=new.graph_digest,
-                request=new.request,
-                deadline=new.deadline,
-                status=RunStatus.PENDING,
-                epoch=0,
-                lease_owner=None,
-                lease_until=None,
-                crashes=0,
-                cancel_reason=None,
-                applied=False,
-                last_seq=0,
-                terminal=None,
-                created_at=now,
-                updated_at=now,
-                started_at=None,
-                ended_at=None,
-            )
+            run = Run.pending(new, now=now)
             self._store.lines[new.run_id] = []
             return self._write(run, [queued])
 

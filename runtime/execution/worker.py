@@ -181,11 +181,6 @@ class Worker:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    @property
-    def active(self) -> Mapping[str, Runner]:
-        """What executes now, by run id."""
-        return self._runners
-
     def open_nodes(self, run_id: str) -> Sequence[str]:
         """Nodes of a run that execute here now."""
         runner = self._runners.get(run_id)
@@ -200,11 +195,6 @@ class Worker:
     def abandoned(self) -> int:
         """Sync nodes of ended runs that are still running in their threads."""
         return self._executor.abandoned + len(self._swallowers)
-
-    @property
-    def waiting(self) -> int:
-        """Runs that were announced here and wait for a slot."""
-        return len(self._announced)
 
     # Claiming.
 

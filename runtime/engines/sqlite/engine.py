@@ -154,27 +154,7 @@ class SqliteEngine:
                 ),
             )
             _insert(db, new.run_id, [queued])
-            return Run(
-                run_id=new.run_id,
-                thread_id=new.thread_id,
-                graph=new.graph,
-                graph_digest=new.graph_digest,
-                request=new.request,
-                status=RunStatus.PENDING,
-                epoch=0,
-                lease_owner=None,
-                lease_until=None,
-                crashes=0,
-                deadline=new.deadline,
-                cancel_reason=None,
-                applied=False,
-                last_seq=queued.seq,
-                terminal=None,
-                created_at=now,
-                updated_at=now,
-                started_at=None,
-                ended_at=None,
-            )
+            return Run.pending(new, now=now, last_seq=queued.seq)
 
         return await self._writer.call(insert, self._publish(new.run_id, [queued]))
 
