@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import os
 import platform
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -26,6 +28,7 @@ from runtime.api import health, problems, runs, seed, threads
 from runtime.api.dependencies import Services
 from runtime.api.schemas import RunRequest
 from runtime.api.submitting import default_input, submit_request
+from runtime.engines import probes as engine_probes
 from runtime.engines.base import Engine, follow
 from runtime.engines.serde import StrictSerializer
 from runtime.errors import (
@@ -35,20 +38,24 @@ from runtime.errors import (
     StorageFailed,
     StoreUnusable,
 )
-from runtime.execution.runner import Outcome, mend_langgraph
-from runtime.execution.worker import Observer, Worker
+from runtime.execution.runner import mend_langgraph
+from runtime.execution.worker import Worker
 from runtime.graphs import Graphs
-from runtime.model import NewRun, Run
 from runtime.settings import Settings
 from runtime.transports.ndjson import Ndjson
 from runtime.transports.seed import SeedNdjson
+from telemetry import http, logs
 from telemetry import langchain as langchain_seam
 from telemetry import langgraph as langgraph_seam
-from telemetry import logs
 from telemetry import tenacity as tenacity_seam
+from telemetry.admin import AdminListener
+from telemetry.contract import VERSION as CONTRACT_VERSION
 from telemetry.encoding import JsonEncoder
 from telemetry.health import Checks
 from telemetry.metrics import Metrics
+from telemetry.probes import Probes
+from telemetry.setup import Telemetry, TelemetryConfig, log_ids
+from telemetry.tracing import read_traceparent
 
 __all__ = ["create_app", "local_stream", "serve"]
 
@@ -62,8 +69,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_services(settings, sources, engine=engine) as (services, worker):
-            _attach(app, services, worker)
+        async with open_services(settings, sources, engine=engine) as opened:
+            _attach(app, *opened)
             yield
 
     return _routes(settings, lifespan=lifespan)
@@ -76,24 +83,33 @@ def _routes(settings: Settings, **options: Any) -> FastAPI:
         summary="LangGraph graphs as durable, resumable NDJSON streams.",
         docs_url=None,
         redoc_url=None,
+        telemetry=http.FASTAPI_OFF,
         **options,
     )
     for module in (runs, threads, graphs_api, seed, health):
         app.include_router(module.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.body_max)
+    app.state.http = http.observe(app)
     return app
 
 
-def _attach(app: FastAPI, services: Services, worker: Worker) -> None:
+def _attach(app: FastAPI, services: Services, worker: Worker, telemetry: Telemetry) -> None:
     app.state.services = services
     app.state.worker = worker
+    app.state.telemetry = telemetry
+    app.state.http.attach(
+        telemetry.tracing,
+        telemetry.metrics,
+        telemetry.selfwatch,
+        services.settings.trace_trust,
+    )
 
 
 @asynccontextmanager
 async def open_services(
     settings: Settings, sources: Sequence[str | Path], *, engine: Engine | None = None
-) -> AsyncIterator[tuple[Services, Worker]]:
+) -> AsyncIterator[tuple[Services, Worker, Telemetry]]:
     """Open everything a server needs; one `async with` per resource, closed in reverse."""
     if not settings.loopback and not settings.insecure:
         raise BadSetting(
@@ -101,28 +117,33 @@ async def open_services(
             "listen on 127.0.0.1, or say --insecure"
         )
     observe(settings)
-    encoder, metrics, checks = JsonEncoder(), Metrics(), Checks()
+    encoder, checks = JsonEncoder(), Checks()
     async with AsyncExitStack() as stack:
-        stack.callback(metrics.close)
+        telemetry = await stack.enter_async_context(Telemetry(_config(settings)))
+        metrics = telemetry.metrics
         graphs = await stack.enter_async_context(Graphs(sources, lenient=settings.lenient))
         store = engine or engines.create(
             settings.engine,
             serde=StrictSerializer.allowing(settings.serde_allow),
             wait_lock=settings.wait_lock,
+            telemetry=telemetry.storage,
         )
         try:
             await stack.enter_async_context(store)
         except StorageFailed as exc:
             raise StoreUnusable(f"SERENO_ENGINE: {settings.engine}: {exc}") from exc
-        worker = Worker(store, graphs, settings, encoder=encoder, observer=RunMetrics(metrics))
-        for name in graphs.names():
-            metrics.graph(name)
+        worker = Worker(store, graphs, settings, encoder=encoder, segments=telemetry.segments)
         await stack.enter_async_context(worker)
-        _register_checks(checks, store, graphs, worker)
-        await checks.refresh()
-        checking = asyncio.create_task(checks.run_forever(), name="sereno-checks")
-        stack.callback(checking.cancel)
+        _describe(telemetry, settings, graphs, worker, encoder)
+        _register_checks(checks, store, graphs, worker, metrics)
+        probes = Probes(metrics)
+        engine_probes.register(probes, store, graphs=graphs.names(), queue_max=settings.queue_max)
+        for looks in (checks, probes):
+            await looks.refresh()
+            looking = asyncio.create_task(looks.run_forever(), name="sereno-checks")
+            stack.callback(looking.cancel)
         checks.start()
+        await stack.enter_async_context(telemetry.loopwatch)
         yield (
             Services(
                 settings=settings,
@@ -136,10 +157,61 @@ async def open_services(
                 cancel=worker.cancel,
                 open_nodes=worker.open_nodes,
                 draining=lambda: worker.draining,
+                run_context=lambda run: (
+                    telemetry.run_context(run.run_id)
+                    or read_traceparent(run.request.get("traceparent"))
+                ),
+                recorded=lambda run_id: telemetry.recorder.run(
+                    run_id, telemetry.tracing.open_spans(run_id)
+                ),
                 info=_info(settings, graphs, store),
             ),
             worker,
+            telemetry,
         )
+
+
+def _config(settings: Settings) -> TelemetryConfig:
+    return TelemetryConfig(
+        version=version("sereno"),
+        max_series=settings.metrics_max_series,
+        semconv=settings.semconv,
+        models=tuple(name for name in settings.metrics_models.split(",") if name),
+        instrument_httpx=settings.instrument_httpx,
+        exception_messages=settings.exception_messages,
+        recorder_spans=settings.recorder_spans,
+        otlp_logs=settings.otlp_logs,
+        loop_stall_s=settings.loop_stall_s,
+        run_heartbeat_s=settings.run_heartbeat_s,
+    )
+
+
+def _describe(
+    telemetry: Telemetry, settings: Settings, graphs: Graphs, worker: Worker, encoder: JsonEncoder
+) -> None:
+    """What metrics say of this server from the start, and what they read when asked."""
+    metrics = telemetry.metrics
+    for graph in graphs:
+        metrics.graph(graph.name, graph.node_paths())
+        telemetry.segments.graph(graph.name)
+    worker.watch(metrics)
+    metrics["encoder_fallbacks_total"].watch(lambda: encoder.fallbacks)
+    metrics["build_info"].info(
+        version=version("sereno"),
+        commit=os.environ.get("SERENO_COMMIT", ""),
+        python=platform.python_version(),
+        langgraph=version("langgraph"),
+        contract=CONTRACT_VERSION,
+    )
+    metrics["config_info"].info(
+        engine=settings.engine.partition(":")[0],
+        durability=settings.durability,
+        slots=str(settings.slots),
+        semconv=settings.semconv,
+        trace_trust=settings.trace_trust,
+    )
+    metrics["insecure"].set(0 if settings.loopback else 1)
+    metrics["start_time_seconds"].set(time.time())
 
 
 def observe(settings: Settings) -> None:
@@ -151,26 +223,6 @@ def observe(settings: Settings) -> None:
         mend_langgraph()
     except langgraph_seam.SeamMismatch as exc:
         raise SeamBroken(str(exc)) from exc
-
-
-class RunMetrics(Observer):
-    """Counts what happens to runs."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def queued(self, run: NewRun, trigger: str) -> None:
-        self._metrics.runs_started.labels(run.graph, trigger).inc()
-
-    def claimed(self, run: Run) -> None:
-        self._metrics.runs_active.labels(run.graph).inc()
-
-    def released(self, run: Run) -> None:
-        self._metrics.runs_active.labels(run.graph).dec()
-
-    def ended(self, run: Run, outcome: Outcome) -> None:
-        if (status := outcome.data.get("status")) is not None:
-            self._metrics.runs_finished.labels(run.graph, status).inc()
 
 
 class BodyLimit:
@@ -224,7 +276,12 @@ def serve(settings: Settings, sources: Sequence[str | Path]) -> int:
 
     Raises StartupError when a graph, the store or a setting cannot be used.
     """
-    with logs.configure(level=settings.log_level):
+    with logs.configure(
+        level=settings.log_level,
+        constants={"service": "sereno", "version": version("sereno"), "worker": str(os.getpid())},
+        identify=log_ids,
+        exception_messages=settings.exception_messages,
+    ):
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             server, worker = runner.run(_serve(settings, sources))
             code = 0 if server.started else 1
@@ -236,9 +293,9 @@ def serve(settings: Settings, sources: Sequence[str | Path]) -> int:
 
 
 async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Server, Worker]:
-    async with open_services(settings, sources) as (services, worker):
+    async with open_services(settings, sources) as (services, worker, telemetry):
         app = _routes(settings)
-        _attach(app, services, worker)
+        _attach(app, services, worker, telemetry)
         server = Server(
             uvicorn.Config(
                 app,
@@ -252,8 +309,26 @@ async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Ser
             services,
             worker,
         )
-        await server.serve()
+        with _admin(settings, telemetry):
+            await server.serve()
     return server, worker
+
+
+@contextlib.contextmanager
+def _admin(settings: Settings, telemetry: Telemetry) -> Iterator[None]:
+    """The admin listener, which answers while the event loop is blocked."""
+    listener = AdminListener(settings.admin_host, settings.admin_port, telemetry.admin)
+    try:
+        listener.__enter__()
+    except OSError as exc:
+        raise BadSetting(
+            f"SERENO_ADMIN_PORT: {exc}; choose another port, or 0 for a free one"
+        ) from exc
+    _log.info("Admin listener", host=settings.admin_host, port=listener.port)
+    try:
+        yield
+    finally:
+        listener.__exit__(None, None, None)
 
 
 class Server(uvicorn.Server):
@@ -306,7 +381,7 @@ async def local_stream(
 ) -> AsyncIterator[bytes]:
     """Run a graph in this process without a server: its encoded lines, to the terminal one."""
     settings = settings.model_copy(update={"engine": "memory://"})
-    async with open_services(settings, sources) as (services, _):
+    async with open_services(settings, sources) as (services, _, _):
         body = {
             "graph": graph,
             "input": default_input(services.graphs.get(graph), input),
@@ -326,7 +401,9 @@ async def local_stream(
                     yield line.body
 
 
-def _register_checks(checks: Checks, engine: Engine, graphs: Graphs, worker: Worker) -> None:
+def _register_checks(
+    checks: Checks, engine: Engine, graphs: Graphs, worker: Worker, metrics: Metrics
+) -> None:
     async def storage() -> str | None:
         return None if await engine.writable() else "the run store cannot be written"
 
@@ -339,16 +416,22 @@ def _register_checks(checks: Checks, engine: Engine, graphs: Graphs, worker: Wor
             f"runs wait for graphs that are not served: {', '.join(missing)}" if missing else None
         )
 
+    for name in ("storage", "draining", "graphs"):
+        metrics["ready"].watch(partial(_passes, checks, name), name)
     checks.register("storage", storage)
     checks.register("draining", draining)
     checks.register("graphs", served)
+
+
+def _passes(checks: Checks, name: str) -> float:
+    return float(any(r["name"] == name and r["status"] == "pass" for r in checks.ready()))
 
 
 def _info(settings: Settings, graphs: Graphs, engine: Engine) -> dict[str, Any]:
     return {
         "name": "sereno",
         "version": version("sereno"),
-        "contract": "1",
+        "contract": CONTRACT_VERSION,
         "python": platform.python_version(),
         "langgraph": version("langgraph"),
         "engine": settings.engine.partition(":")[0],

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from runtime.cli_trace import waterfall
 from runtime.cli_view import Line, Plain, RunView, View, clean, graphs_table, runs_table
 from runtime.errors import SerenoError, StartupError
 from runtime.model import DEFAULT_MODES, MODES
@@ -212,6 +213,18 @@ def tail(
         raise Trouble(f"--after: {after!r} is neither a line's seq nor `latest`")
     server = _Server.of(ctx, url)
     _watch(_Follower.of_run(server, run, after), server.around.view(as_json))
+
+
+@app.command()
+def trace(ctx: typer.Context, run: RunId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Show where a run's time went: nodes, attempts and the pauses between them."""
+    server = _Server.of(ctx, url)
+    answer = server.get(f"{_path(run)}/trace", "resourceSpans")
+    if as_json:
+        _print_json(answer)
+        return
+    screen = server.around.screen(as_json) or Console()
+    screen.print(waterfall(answer, screen.width, server.around.clock()))
 
 
 @app.command()

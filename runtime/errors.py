@@ -90,6 +90,19 @@ class UnknownRun(NotFound):
         self.run_id = run_id
 
 
+class TraceNotRecorded(NotFound):
+    """The run exists, and none of its spans is kept here."""
+
+    code = "trace_not_recorded"
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(
+            f"no span of run {run_id!r} is kept here: it ran before the last restart, too many "
+            "came after it (SERENO_RECORDER_SPANS), or tracing is off"
+        )
+        self.run_id = run_id
+
+
 class UnknownThread(NotFound):
     """No run and no checkpoint has been written on this thread."""
 

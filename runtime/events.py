@@ -97,7 +97,7 @@ class Sealer:
         self._encoder = encoder
         self._line_max = line_max
         self._ids = self._members({"run_id": run_id, "thread_id": thread_id})
-        self._places: dict[tuple[object, object, object], bytes] = {}
+        self._places: dict[tuple[object, ...], bytes] = {}
 
     @classmethod
     def of(cls, run: Run, encoder: JsonEncoder, *, line_max: int = 1024 * 1024) -> Sealer:
@@ -114,7 +114,8 @@ class Sealer:
         data: Mapping[str, Any],
         where: Mapping[str, Any] | None = None,
     ) -> Event:
-        """Encode one line. `where` holds node, ns, path, task, attempt, step of a node's line."""
+        """Encode one line. `where` holds node, ns, path, task, attempt, step of a node's line, and
+        the ids of its span."""
         head = b'{"v":1,"seq":%d,"ts":"%s","type":"%s",%s,"epoch":%d,%s"data":' % (
             seq,
             rfc3339(ts).encode(),
@@ -131,7 +132,8 @@ class Sealer:
         return Event(seq, epoch, type, ts, body, kept)
 
     def _place(self, where: Mapping[str, Any]) -> bytes:
-        key = (where.get("task"), where.get("attempt"), where.get("step"))
+        get = where.get
+        key = (get("task"), get("attempt"), get("step"), get("span_id"))
         place = self._places.get(key)
         if place is None:
             if len(self._places) >= PLACES:

@@ -32,7 +32,7 @@ from typing import Any, Self, TypeAlias, cast
 import structlog
 from dotenv import dotenv_values
 from langchain_core.runnables import RunnableConfig
-from langgraph.constants import TAG_HIDDEN
+from langgraph.constants import START, TAG_HIDDEN
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 from pydantic import TypeAdapter
@@ -150,6 +150,15 @@ class LoadedGraph:
             with _blaming(self.name, self.source):
                 made = _without_checkpointer(await _enter(self.factory(config), held))
             yield made
+
+    def node_paths(self) -> tuple[str, ...]:
+        """The nodes and those of subgraphs, as telemetry calls them: names joined by `/`."""
+        paths = list(self.nodes)
+        for namespace, graph in self.graph.get_subgraphs(recurse=True):
+            inner = namespace.split("|")
+            nodes = getattr(graph, "nodes", ())  # a remote graph has none here
+            paths += ["/".join((*inner, node)) for node in nodes if node != START]
+        return tuple(paths)
 
     def schema(self) -> dict[str, Any]:
         """The JSON Schemas of its input, output and context (None: it takes none).

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 __all__ = [
     "DEFAULT_MODES",
     "MODES",
+    "NOTED",
     "SEED",
     "Lease",
     "NewRun",
@@ -17,13 +18,15 @@ __all__ = [
     "Run",
     "RunQuery",
     "RunStatus",
-    "Statistics",
     "StoredLine",
 ]
 
 #: Stream modes that a run can record.
 MODES = ("updates", "values", "messages", "custom")
 DEFAULT_MODES = ("updates", "messages", "custom")
+#: Members of a stored request that no client sent: the span that asked for the run, what asked,
+#: and the segment that a resumed run ended with.
+NOTED = ("traceparent", "trigger", "resume_of")
 #: What the seed profile records: it needs the state after each superstep.
 SEED = ("updates", "values", "messages", "custom")
 
@@ -113,6 +116,11 @@ class Run:
         )
 
     @property
+    def body(self) -> Mapping[str, Any]:
+        """The request without what the server noted on it."""
+        return {name: value for name, value in self.request.items() if name not in NOTED}
+
+    @property
     def modes(self) -> Sequence[str]:
         """The stream modes that this run records."""
         chosen = self.request.get("stream")
@@ -157,12 +165,3 @@ class RunQuery:
     limit: int = 50
     #: (created_at, run_id) of the last row of the page before.
     cursor: tuple[float, str] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """What an engine holds right now."""
-
-    pending: int
-    running: int
-    ended: int

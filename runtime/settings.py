@@ -13,6 +13,8 @@ from runtime.errors import BadSetting
 __all__ = ["Durability", "Settings", "load"]
 
 Durability = Literal["sync", "async", "exit"]
+TraceTrust = Literal["parent", "link", "ignore"]
+Semconv = Literal["genai", "none"]
 LogLevel = Annotated[
     Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
     BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value),
@@ -58,6 +60,32 @@ class Settings(BaseSettings):
     expose_errors: bool = Field(False, description="Send exception messages to clients.")
     serde_allow: str = Field("", description="module:Class,… that checkpoints may hold.")
     tenacity_guard: bool = Field(True, description="Let interrupts pass through a default @retry.")
+    admin_host: str = Field("127.0.0.1", description="Address of the admin listener.")
+    admin_port: int = Field(
+        9009, ge=0, le=65535, description="Port of the admin listener; 0 takes a free one."
+    )
+    trace_trust: TraceTrust = Field(
+        "link", description="What a client's traceparent is: parent, link or ignore."
+    )
+    semconv: Semconv = Field("genai", description="Dialect of chat and tool spans: genai or none.")
+    instrument_httpx: bool = Field(True, description="Make outbound httpx requests spans.")
+    otlp_logs: bool = Field(False, description="Export log records by OTLP as well.")
+    exception_messages: bool = Field(
+        True, description="Show messages of exceptions in logs and spans."
+    )
+    metrics_max_series: int = Field(
+        2_000, ge=1, description="Label combinations of one metric; more fold into one."
+    )
+    metrics_models: str = Field("", description="Model names that metrics tell apart: a,b,…")
+    recorder_spans: int = Field(
+        20_000, ge=1, description="Finished spans kept for /v1/runs/{id}/trace."
+    )
+    loop_stall_s: float = Field(
+        0.25, gt=0, description="Seconds of a blocked event loop that are reported."
+    )
+    run_heartbeat_s: float = Field(
+        15.0, gt=0, description="Seconds between log records of a run that goes on."
+    )
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL.")
 
     @property

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 
-__all__ = ["Checks"]
+__all__ = ["Checks", "Liveness"]
 
 #: Answers None when all is well, else why not.
 Check = Callable[[], Awaitable[str | None]]
@@ -71,3 +71,31 @@ class Checks:
                 result["output"] = failure
             results.append(result)
         return results
+
+
+class Liveness:
+    """What `/livez` asks: does the loop turn, and has nobody given up? For any thread.
+
+    `age` is the time since the loop last turned, NaN when nobody watches. Dependencies are not
+    asked: a restart does not bring back a database.
+    """
+
+    def __init__(self, age: Callable[[], float], *, limit_s: float = 10.0) -> None:
+        self._age = age
+        self._limit_s = limit_s
+        self._fatal: dict[str, str] = {}
+
+    def fail(self, name: str, why: str) -> None:
+        """Say that only a restart helps."""
+        self._fatal[name] = why
+
+    def checks(self) -> list[dict[str, object]]:
+        """`{name, status, age_s, output?}` of the loop, and every reason to restart."""
+        age = self._age()
+        turns: dict[str, object] = {"name": "event_loop", "status": "pass", "age_s": round(age, 3)}
+        if age > self._limit_s:
+            turns |= {"status": "fail", "output": f"it has not turned for {age:.1f} s"}
+        checks = [turns]
+        for name, why in self._fatal.copy().items():
+            checks.append({"name": name, "status": "fail", "output": why})
+        return checks

@@ -2,12 +2,10 @@
 
 LangGraph calls a node by `_runner.arun_with_retry(task, …)`, which calls `task.proc` once for each
 attempt. `install()` wraps that function and puts a `_Proxy` in the place of `task.proc`. What is
-seen goes to the listeners, and into the stream that LangGraph itself carries in the task's config.
-What a task wrote is told by `PregelLoop.output_writes`, whose own parts name the node only: of two
-`Send` tasks, one out of the cache, they do not say which. The end of a superstep is told by
-`after_tick`, which emits no part when the state is as before.
-
-Emission goes through the *task's* config: the config of an attempt is closed when it times out.
+seen goes to the context's listener. What a task wrote goes into the stream that LangGraph carries
+in the task's config, ahead of LangGraph's own part: that one names the node only, and of two
+`Send` tasks, one out of the cache, it does not say which. The end of a superstep goes there too:
+LangGraph emits nothing when the state is as before.
 """
 
 from __future__ import annotations
@@ -16,9 +14,9 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import structlog
@@ -28,6 +26,7 @@ from langgraph.errors import GraphBubbleUp, GraphDrained, GraphInterrupt, Parent
 from langgraph.pregel import _retry, _runner
 from langgraph.pregel._io import map_output_updates
 from langgraph.pregel._loop import PregelLoop
+from langgraph.types import RetryPolicy
 
 from telemetry.observations import (
     ATTEMPTS,
@@ -43,6 +42,7 @@ from telemetry.observations import (
     Observation,
     SuperstepEnded,
     Visit,
+    current_listener,
 )
 
 __all__ = [
@@ -83,18 +83,16 @@ class SeamMismatch(RuntimeError):
 
 
 class Attempt:
-    """The attempt that the current code runs in: who it is, and where its observations go."""
+    """The attempt that the current code runs in: who it is, where LangGraph's stream goes, and who
+    is told of it."""
 
-    __slots__ = ("number", "stream", "visit")
+    __slots__ = ("listener", "number", "stream", "visit")
 
-    def __init__(self, visit: Visit, number: int, stream: Any) -> None:
+    def __init__(self, visit: Visit, number: int, stream: Any, listener: Listener | None) -> None:
         self.visit = visit
         self.number = number
         self.stream = stream
-
-    def emit(self, observation: Observation) -> None:
-        """Hand an observation of something inside this attempt to listeners and stream."""
-        _emit(self.stream, self.visit, observation)
+        self.listener = listener
 
 
 #: Follows asyncio tasks and `to_thread`; a raw `threading.Thread` loses it.
@@ -142,13 +140,14 @@ def listen(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def notify(observation: Observation) -> None:
-    """Hand an observation to the listeners. Telemetry never raises into a run."""
-    for listener in _listeners:
-        try:
-            listener(observation)
-        except Exception:
-            _log.warning("Listener failed", exc_info=True)
+def notify(observation: Observation, listener: Listener | None) -> None:
+    """Hand an observation to its listener and the process's. Telemetry never raises into a run."""
+    for told in (listener, *_listeners) if _listeners else (listener,):
+        if told is not None:
+            try:
+                told(observation)
+            except Exception:
+                _log.warning("Listener failed", exc_info=True)
 
 
 def visit_of(task: Any) -> Visit:
@@ -171,13 +170,6 @@ def visit_of(task: Any) -> Visit:
 def _patch(owner: object, name: str, value: object) -> None:
     _installed.append((owner, name, getattr(owner, name)))
     setattr(owner, name, value)
-
-
-def _emit(stream: Any, visit: Visit, observation: Observation) -> None:
-    if _listeners:
-        notify(observation)
-    if stream is not None and ATTEMPTS in stream.modes:
-        stream((visit.path, ATTEMPTS, observation))
 
 
 def _hidden(task: Any) -> bool:
@@ -276,8 +268,8 @@ class _Proxy:
 
     def __init__(self, task: Any, policies: Any) -> None:
         self._proc = task.proc
-        self._policies = policies or ()
-        self._stream = task.config[_CONF].get(_STREAM)
+        self._policies: Sequence[RetryPolicy] = policies or ()
+        self._listener = current_listener.get()
         self.visit = visit_of(task)
         self._started = time.perf_counter()
         self._attempts = 0
@@ -318,7 +310,7 @@ class _Proxy:
     async def astream(self, value: Any, config: Any = None, **kwargs: Any) -> AsyncIterator[Any]:
         """Only LangGraph's older event protocols call a node this way; no context is kept set
         across a `yield`, so calls inside it are seen without their node."""
-        attempt, config = self._begin(config)
+        attempt, config = copy_context().run(self._begin, config)
         try:
             async for chunk in self._proc.astream(value, config, **kwargs):
                 yield chunk
@@ -333,9 +325,9 @@ class _Proxy:
         # Custom values and calls of an attempt that timed out are to be dropped: LangGraph guards
         # the stream in the attempt's config for that.
         stream = config[_CONF].get(_STREAM)
-        attempt = Attempt(self.visit, number, stream)
+        attempt = Attempt(self.visit, number, stream, self._listener)
         self._attempts, self._open, self._opened = number, attempt, time.perf_counter()
-        self._emit(AttemptStarted(visit=self.visit, attempt=number))
+        self._tell(AttemptStarted(visit=self.visit, attempt=number))
         # Another's stream gets custom values as they are.
         if stream is not None and {ATTEMPTS, "custom"} <= stream.modes:
             visit = self.visit
@@ -353,35 +345,23 @@ class _Proxy:
         if self._open is None or self._open.number != number:
             return
         self._open = None
-        retry = self._retry(exc, number) if _is_failure(exc, in_thread) else None
-        if _listeners:  # the stream has no use for it: a line says when the node ends
-            notify(
-                AttemptEnded(
-                    visit=self.visit,
-                    attempt=number,
-                    outcome=_attempt_outcome(exc, retry, in_thread),
-                    error=exc if not isinstance(exc, GraphBubbleUp) else None,
-                    duration_s=time.perf_counter() - self._opened,
-                )
+        policy = self._policy(exc) if _is_failure(exc, in_thread) else None
+        retries = policy is not None and number < policy.max_attempts
+        self._tell(
+            AttemptEnded(
+                visit=self.visit,
+                attempt=number,
+                outcome=_attempt_outcome(exc, policy, retries, in_thread),
+                error=exc if not isinstance(exc, GraphBubbleUp) else None,
+                max_attempts=policy.max_attempts if policy is not None else None,
+                duration_s=time.perf_counter() - self._opened,
             )
-        if isinstance(retry, NodeRetrying):
-            self._emit(retry)
-
-    def _retry(self, exc: BaseException | None, number: int) -> NodeRetrying | str | None:
-        """LangGraph's own decision (`_retry.py`), taken with the same policies: the retry to come,
-        `exhausted` when a policy matched but is used up, None when none matched."""
-        if not isinstance(exc, Exception):
-            return None
-        for policy in self._policies:
-            try:
-                matches = _retry._should_retry_on(policy, exc)
-            except Exception:  # LangGraph will meet it too, and fail the node
-                return None
-            if matches:
-                if number >= policy.max_attempts:
-                    return "exhausted"
-                planned = policy.initial_interval * policy.backoff_factor ** (number - 1)
-                return NodeRetrying(
+        )
+        if policy is not None and retries:
+            assert isinstance(exc, Exception)
+            planned = policy.initial_interval * policy.backoff_factor ** (number - 1)
+            self._tell(
+                NodeRetrying(
                     visit=self.visit,
                     attempt=number,
                     error=exc,
@@ -389,13 +369,25 @@ class _Proxy:
                     jitter_s=1.0 if policy.jitter else 0.0,
                     max_attempts=policy.max_attempts,
                 )
+            )
+
+    def _policy(self, exc: BaseException | None) -> RetryPolicy | None:
+        """The policy that LangGraph (`_retry.py`) finds for an error, None when none matches."""
+        if not isinstance(exc, Exception):
+            return None
+        for policy in self._policies:
+            try:
+                if _retry._should_retry_on(policy, exc):
+                    return policy
+            except Exception:  # LangGraph will meet it too, and fail the node
+                return None
         return None
 
     def ended(self, exc: BaseException | None) -> None:
         """The visit is over."""
         if self._open is not None:
             self.attempt_ended(self._open.number, exc)
-        self._emit(
+        self._tell(
             NodeEnded(
                 visit=self.visit,
                 attempts=self._attempts,
@@ -405,8 +397,8 @@ class _Proxy:
             )
         )
 
-    def _emit(self, observation: Observation) -> None:
-        _emit(self._stream, self.visit, observation)
+    def _tell(self, observation: Observation) -> None:
+        notify(observation, self._listener)
 
 
 def _is_failure(exc: BaseException | None, in_thread: bool) -> bool:
@@ -422,7 +414,7 @@ def _raised_by_the_body() -> bool:
 
 
 def _attempt_outcome(
-    exc: BaseException | None, retry: NodeRetrying | str | None, in_thread: bool
+    exc: BaseException | None, policy: RetryPolicy | None, retries: bool, in_thread: bool
 ) -> AttemptOutcome:
     if exc is None or isinstance(exc, ParentCommand):
         return "success"
@@ -430,9 +422,9 @@ def _attempt_outcome(
         return "interrupted"
     if not _is_failure(exc, in_thread):
         return "cancelled"
-    if isinstance(retry, NodeRetrying):
+    if retries:
         return "retried"
-    return "exhausted" if retry else "failed"
+    return "exhausted" if policy is not None else "failed"
 
 
 def _node_outcome(exc: BaseException | None) -> NodeOutcome:

@@ -1,15 +1,19 @@
 """What can be seen of a node and of a call: frozen details that the seam makes and listeners read.
 
-The seam (`telemetry.langgraph`, `telemetry.tenacity`) makes each observation once. It goes to the
-listeners, and into LangGraph's own stream as a part of mode `attempts`, so that a reader of the
-stream has it in total order with updates and tokens.
+The seam (`telemetry.langgraph`, `telemetry.tenacity`) makes each observation once and hands it to
+the listener of the context, synchronously: a start in the context in which the body is about to
+run, its end in the same, unless a timeout around the body ended it. What LangGraph itself tells
+late or in part goes into its stream as parts of mode `attempts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from telemetry.contract import AttemptOutcome
 
 __all__ = [
     "ATTEMPTS",
@@ -28,14 +32,12 @@ __all__ = [
     "Observation",
     "SuperstepEnded",
     "Visit",
+    "current_listener",
 ]
 
-#: The stream mode under which observations travel in LangGraph's stream.
+#: The stream mode of our parts in LangGraph's stream.
 ATTEMPTS = "attempts"
 
-AttemptOutcome = Literal[
-    "success", "retried", "exhausted", "failed", "interrupted", "cancelled", "lost"
-]
 NodeOutcome = Literal["success", "error", "interrupted", "cancelled", "drained"]
 
 
@@ -53,6 +55,11 @@ class Visit:
     #: Superstep of the graph that the node belongs to.
     step: int
 
+    @property
+    def label(self) -> str:
+        """The node's path, names from the root graph: what metrics and spans call the node."""
+        return "/".join((*self.ns, self.node)) if self.ns else self.node
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptStarted:
@@ -65,12 +72,17 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptEnded:
-    """A call of a node returned, raised, timed out or was cancelled."""
+    """A call of a node returned, raised, timed out or was cancelled.
+
+    With outcome `retried`, a NodeRetrying follows at once.
+    """
 
     visit: Visit
     attempt: int
     outcome: AttemptOutcome
     error: BaseException | None
+    #: Of the policy that matched, None when none did.
+    max_attempts: int | None
     duration_s: float
 
 
@@ -116,7 +128,10 @@ class CallAttemptStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallAttemptEnded:
-    """A call that tenacity retries returned or raised."""
+    """A call that tenacity retries returned or raised.
+
+    With outcome `retried`, a CallRetrying follows at once.
+    """
 
     visit: Visit | None
     node_attempt: int | None
@@ -179,4 +194,7 @@ Observation = (
     | CallRetrying
 )
 
-Listener = Callable[[Observation], None]
+Listener = Callable[[Observation], object]
+
+#: Who is told what the current code does; follows asyncio tasks, executors and `to_thread`.
+current_listener: ContextVar[Listener | None] = ContextVar("sereno_listener", default=None)

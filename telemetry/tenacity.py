@@ -33,6 +33,7 @@ from telemetry.observations import (
     CallAttemptStarted,
     CallRetrying,
     Observation,
+    current_listener,
 )
 
 __all__ = ["MAX_CALLS", "OVERFLOW", "current_call", "install", "open_calls", "uninstall"]
@@ -204,7 +205,8 @@ class _Operation:
     """One retried call over all its attempts; kept on tenacity's state of that call."""
 
     def __init__(self, state: Any) -> None:
-        self._attempt = attempt = current_attempt.get()
+        attempt = current_attempt.get()
+        self._listener = current_listener.get()
         node = attempt.visit.node if attempt is not None else None
         self._who: dict[str, Any] = {
             "visit": attempt.visit if attempt is not None else None,
@@ -248,14 +250,7 @@ class _Operation:
         self._emit(CallRetrying(**self._who, attempt=number, error=error, retry_in_s=sleep_s))
 
     def _emit(self, observation: Observation) -> None:
-        """Telemetry never raises into a call."""
-        try:
-            if self._attempt is not None:
-                self._attempt.emit(observation)
-            else:
-                notify(observation)
-        except Exception:
-            _log.warning("Observation of a call was lost", exc_info=True)
+        notify(observation, self._listener)
 
 
 def _decided(retrying: Any, state: Any, do: Any, raised: BaseException | None) -> None:

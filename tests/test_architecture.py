@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: counts, so `runtime.engines.base` is not in the box of `runtime.engines`.
 ROWS: list[list[str]] = [
     ["runtime.__main__"],
-    ["runtime.cli", "runtime.cli_view"],
+    ["runtime.cli", "runtime.cli_view", "runtime.cli_trace"],
     ["runtime.app"],
     ["runtime.api", "runtime.execution", "runtime.engines.memory", "runtime.engines.sqlite"],
     ["runtime.engines"],
@@ -33,7 +33,11 @@ ROWS: list[list[str]] = [
 ]
 ROW = {box: number for number, row in enumerate(ROWS) for box in row}
 #: Two names of one box: they may import each other.
-SAME = {"runtime.cli_view": "runtime.cli", "runtime.projects": "runtime.graphs"}
+SAME = {
+    "runtime.cli_view": "runtime.cli",
+    "runtime.cli_trace": "runtime.cli",
+    "runtime.projects": "runtime.graphs",
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

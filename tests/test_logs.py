@@ -12,6 +12,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, BinaryIO, cast
 
 import pytest
@@ -19,6 +21,8 @@ import structlog
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 from structlog.contextvars import bound_contextvars
 from structlog.testing import capture_logs
 
@@ -51,7 +55,7 @@ def state() -> dict[str, Any]:
         "loggers": [(x.level, x.propagate, x.disabled, x.handlers) for x in loggers[1:]],
         # pytest changes the root's own handlers between the phases of a test
         "root": (loggers[0].level, any(type(x) is logs._Handler for x in loggers[0].handlers)),
-        "writers": [x.name for x in threading.enumerate() if x.name == "sereno-logs"],
+        "writers": [x.name for x in threading.enumerate() if x.name.startswith("sereno-logs")],
     }
 
 
@@ -141,12 +145,16 @@ def test_the_keys_come_in_the_order_of_the_contract() -> None:
         graph="g",
         thread_id="t",
         run_id="r",
+        trace_kept="undecided",
+        span_id="s",
+        trace_id="i",
         event_type="node.retrying",
     )
 
     line = written.line()
     assert list(line) == [
         *("ts", "level", "name", "msg", "time", "event"),
+        *("trace_id", "span_id", "trace_kept"),
         *("run_id", "thread_id", "graph", "node", "attempt", "request_id", "seq"),
         *("zeta", "alpha"),
     ]
@@ -412,6 +420,113 @@ async def test_the_async_methods_keep_the_context() -> None:
     assert written.line()["run_id"] == "r"
 
 
+# Where a line was logged
+
+SPAN = trace.SpanContext(0xA1, 0xB2, is_remote=False, trace_flags=trace.TraceFlags(1))
+
+
+def inside() -> AbstractContextManager[Any]:
+    """In a span that is the current one."""
+    return trace.use_span(trace.NonRecordingSpan(SPAN))
+
+
+def test_a_line_tells_the_trace_it_was_logged_in() -> None:
+    written = Written()
+    with inside():
+        EARLY.info("ours")
+        THIRD.info("theirs")
+        with trace.use_span(trace.INVALID_SPAN):
+            EARLY.info("outside")
+    EARLY.info("outside")
+
+    *lines, outside, after = written.lines()
+    for line in lines:
+        assert (line["trace_id"], line["span_id"]) == (f"{0xA1:032x}", f"{0xB2:016x}")
+        assert line["trace_kept"] == "true"
+    for line in (outside, after):
+        assert not {"trace_id", "span_id", "trace_kept"} & set(line)
+
+
+def test_a_span_that_is_recorded_tells_its_own_ids() -> None:
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("t")
+    written = Written()
+    spans = []
+    for _ in range(3):
+        with tracer.start_as_current_span("s") as span:
+            EARLY.info("x")
+            spans.append(f"{span.get_span_context().span_id:016x}")
+
+    assert [line["span_id"] for line in written.lines()] == spans
+
+
+@pytest.mark.parametrize("given", [{"trace_id": "t"}, {"span_id": "s"}])
+def test_ids_that_are_given_are_not_mixed_with_the_current_ones(given: dict[str, str]) -> None:
+    written = Written()
+    with inside():
+        EARLY.info("x", **given)
+        THIRD.info("x", extra=given)
+
+    for line in written.lines():
+        assert {key: line.get(key) for key in ("trace_id", "span_id")} == {
+            "trace_id": None,
+            "span_id": None,
+            **given,
+        }
+        assert line.get("trace_kept") == ("true" if "trace_id" in given else None)
+
+
+def test_whoever_logs_in_a_node_is_identified_by_it() -> None:
+    where: ContextVar[dict[str, object]] = ContextVar("where")
+    written = Written(identify=where.get)
+    where.set({"run_id": "r", "graph": "g", "node": "a/b", "attempt": 2})
+    THIRD.info("theirs")
+    EARLY.info("ours", node="own")
+    with bound_contextvars(run_id="bound"):
+        THIRD.info("theirs", extra={"graph": "own"})
+    where.set({})
+    THIRD.info("nowhere")
+
+    theirs, ours, bound, nowhere = written.lines()
+    assert list(theirs)[5:] == ["run_id", "graph", "node", "attempt"]
+    assert theirs["node"] == "a/b"
+    assert (ours["run_id"], ours["node"]) == ("r", "own")
+    assert (bound["run_id"], bound["graph"], bound["node"]) == ("bound", "own", "a/b")
+    assert "run_id" not in nowhere
+
+
+def test_who_cannot_be_identified_may_still_log() -> None:
+    def fails() -> dict[str, object]:
+        raise RuntimeError
+
+    written = Written(identify=fails)
+    with inside():
+        EARLY.info("x")
+
+    assert written.line()["trace_id"] == f"{0xA1:032x}"
+
+
+def test_what_is_the_same_on_every_line_follows_the_ids() -> None:
+    written = Written(constants={"service": "sereno", "version": "1", "worker": 3})
+    EARLY.info("x", run_id="r", alpha=1, version="own")
+    THIRD.info("x")
+
+    ours, theirs = written.lines()
+    assert list(ours)[5:] == ["run_id", "service", "version", "worker", "alpha", "extra_version"]
+    assert (ours["version"], ours["extra_version"]) == ("1", "own")
+    assert theirs["worker"] == 3
+
+
+def test_a_line_that_cannot_be_made_raises_nothing_and_is_counted() -> None:
+    def clock() -> float:
+        raise RecursionError
+
+    stream = io.BytesIO()
+    with configure(stream=stream, clock=clock) as handle:
+        EARLY.info("x")
+
+    assert handle.dropped == 1
+
+
 # Exceptions
 
 
@@ -491,6 +606,126 @@ def test_a_hostile_exception_costs_no_line() -> None:
 
     exception = written.line()["exception"]
     assert (exception["type"], exception["message"]) == ("Bad", "<unprintable Bad>")
+
+
+def raised(act: Callable[[], object]) -> BaseException:
+    try:
+        act()
+    except BaseException as error:
+        return error
+    raise AssertionError
+
+
+def caused() -> None:
+    try:
+        raise KeyError("SECRET")
+    except KeyError as error:
+        raise ValueError("SECRET") from error
+
+
+def handled() -> None:
+    try:
+        raise KeyError("SECRET")
+    except KeyError:
+        raise TypeError("SECRET")  # noqa: B904
+
+
+def noted() -> None:
+    error = ValueError("SECRET")
+    error.add_note("SECRET\nSECRET")
+    raise error
+
+
+def grouped() -> None:
+    members = [raised(caused), raised(noted), ExceptionGroup("SECRET", [raised(handled)])]
+    raise ExceptionGroup("SECRET", cast(Any, members))
+
+
+def looped() -> None:
+    first, second = ValueError("SECRET"), KeyError("SECRET")
+    first.__cause__, second.__cause__ = second, first
+    raise first
+
+
+@pytest.mark.parametrize(
+    ("act", "types"),
+    [
+        pytest.param(caused, ["KeyError", "ValueError"], id="cause"),
+        pytest.param(handled, ["KeyError", "TypeError"], id="context"),
+        pytest.param(noted, ["ValueError"], id="notes"),
+        pytest.param(
+            grouped, ["KeyError", "ValueError", "TypeError", "ExceptionGroup"], id="group"
+        ),
+        pytest.param(looped, ["KeyError", "ValueError"], id="a loop of causes"),
+        pytest.param(lambda: compile("SECRET =", "SECRET", "exec"), ["SyntaxError"], id="syntax"),
+        pytest.param(lambda: json.loads("SECRET"), ["json.decoder.JSONDecodeError"], id="module"),
+    ],
+)
+def test_exceptions_can_be_shown_without_their_messages(
+    act: Callable[[], object], types: list[str]
+) -> None:
+    error = raised(act)
+    written = Written(exception_messages=False)
+    EARLY.error("Failed", exc_info=error)
+    THIRD.error("Failed", exc_info=error)
+
+    for line in written.lines():
+        assert list(line["exception"]) == ["type", "stack"]
+        assert line["exception"]["type"] == type(error).__name__
+        stack = line["exception"]["stack"]
+        # What a line of code says is no message.
+        shown = [row.strip() for row in stack.splitlines() if not row.strip().startswith("File")]
+        assert set(types) <= set(shown)
+        assert ", in raised\n" in stack
+        assert not [row for row in shown if row in ("SECRET", "SECRET =") or ": SECRET" in row]
+
+
+def test_without_messages_an_exception_is_its_type_wherever_it_stands() -> None:
+    secret = ValueError("SECRET")
+    written = Written(exception_messages=False)
+    EARLY.error(secret, error=secret, errors=[secret], by={"name": secret})
+    THIRD.error(secret)
+    THIRD.error("%s of %s", secret, 2)
+    THIRD.error("%(error)s", {"error": secret})
+    THIRD.error("%d of %d", secret)
+
+    lines = written.lines()
+    assert b"SECRET" not in written.stream.getvalue()
+    assert [line["msg"] for line in lines] == [
+        "ValueError",
+        "ValueError",
+        "ValueError of 2",
+        "ValueError",
+        "%d of %d",
+    ]
+    assert (lines[0]["error"], lines[0]["errors"], lines[0]["by"]) == (
+        "ValueError",
+        ["ValueError"],
+        {"name": "ValueError"},
+    )
+    assert str(secret) == "SECRET"
+
+
+def test_a_record_stays_as_it_is_for_other_handlers() -> None:
+    secret = ValueError("SECRET")
+    record = logging.makeLogRecord({"name": "third", "levelno": 40, "msg": "%s", "args": (secret,)})
+    written = Written(exception_messages=False)
+    THIRD.handle(record)
+
+    assert written.line()["msg"] == "ValueError"
+    assert record.getMessage() == "SECRET"
+
+
+def test_a_hostile_cause_costs_only_the_stack() -> None:
+    class Bad(Exception):
+        @property
+        def __cause__(self) -> Any:
+            raise RuntimeError
+
+    written = Written(exception_messages=False)
+    EARLY.error("x", exc_info=Bad())
+
+    assert written.line()["exception"] == {"type": "Bad", "stack": ""}
 
 
 def test_the_stack_can_be_asked_for() -> None:
@@ -863,3 +1098,187 @@ def test_http_clients_tell_of_every_request_only_when_asked(level: str, heard: b
 
     assert (b"HTTP Request" in stream.getvalue()) is heard
     assert b"odd" in stream.getvalue()
+
+
+# What exporters say
+
+
+def said(template: str, at: float, name: str = "opentelemetry.exporter", level: int = 30) -> None:
+    record = {"name": name, "levelno": level, "msg": template, "args": (at,), "created": NOON + at}
+    logging.getLogger(name).handle(logging.makeLogRecord(record))
+
+
+def test_an_exporter_in_trouble_says_so_once_in_a_while() -> None:
+    written = Written()
+    for at in range(0, 700, 10):
+        said("Failed after %d s", at)
+
+    assert [(line["msg"], line.get("suppressed")) for line in written.lines()] == [
+        ("Failed after 0 s", None),
+        ("Failed after 300 s", 29),
+        ("Failed after 600 s", 29),
+        ("Failed after %d s", 9),  # told at the end
+    ]
+    assert written.logs.suppressed == 67
+
+
+def test_each_kind_of_trouble_is_told() -> None:
+    written = Written()
+    for at in (0, 1, 2):
+        said("Failed after %d s", at)
+        said("Failed after %d s", at, level=logging.ERROR)
+        said("Failed after %d s", at, name="opentelemetry.sdk")
+        said("Dropped after %d s", at)
+        said("Failed after %d s", at, name="opentelemetric")
+
+    told = written.lines()
+    assert [line["msg"] for line in told if line["name"] == "opentelemetric"] == [
+        f"Failed after {at} s" for at in (0, 1, 2)
+    ]
+    assert len([line for line in told if line["name"] != "opentelemetric"]) == 4 + 4
+    assert written.logs.suppressed == 8
+
+
+def test_trouble_of_ever_new_words_is_told_no_oftener() -> None:
+    written = Written()
+    for number in range(1_000):
+        said(f"Failed for the {number}. time %d", 0)
+
+    lines = written.lines()
+    assert len(lines) == 100 + 1 + 1
+    assert lines[-1]["msg"] == "Other messages"
+    assert lines[-1]["suppressed"] == written.logs.suppressed == 1_000 - 101
+
+
+def test_a_clock_set_back_silences_nobody() -> None:
+    written = Written()
+    said("Failed after %d s", 0)
+    said("Failed after %d s", -3_600)
+
+    assert len(written.lines()) == 2
+
+
+# Sinks, and what they lose
+
+
+class Tank:
+    """A sink that keeps what it takes; it may be shut."""
+
+    name = "tank"
+
+    def __init__(self, *, shut: bool = False) -> None:
+        self.data = b""
+        self.shut = shut
+        self.closed = self.finished = False
+        self.lost: Callable[[int], None] = lambda lines: None
+
+    def attached(self, lost: Callable[[int], None]) -> None:
+        self.lost = lost
+
+    def takes(self, logger: str) -> bool:
+        return logger != "third"
+
+    def write(self, lines: bytes) -> int | None:
+        if self.closed:
+            raise ValueError
+        if self.shut:
+            return None
+        self.data += lines
+        return len(lines)
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self.finished = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_sink_gets_the_lines_that_it_takes() -> None:
+    written, tank = Written(), Tank()
+    EARLY.info("before")
+    written.logs.attach(tank)
+    EARLY.info("both", value=[1, 2])
+    THIRD.info("only stdout")
+    lines = written.raw().splitlines()
+
+    assert len(lines) == 3
+    assert tank.data.splitlines() == [lines[1]]
+    assert tank.finished
+    assert tank.closed
+    assert written.logs.losses == {}
+
+
+def test_a_sink_can_leave_before_the_logs_end() -> None:
+    written, tank, other = Written(), Tank(), Tank()
+    written.logs.attach(tank)
+    written.logs.attach(other)
+    EARLY.info("both")
+    written.logs.detach(tank)
+    EARLY.info("after")
+
+    assert tank.closed
+    assert not other.closed
+    assert [line["msg"] for line in written.lines()] == ["both", "after"]
+    assert [line["msg"] for line in parsed(tank.data)] == ["both"]
+    assert [line["msg"] for line in parsed(other.data)] == ["both", "after"]
+    assert written.logs.losses == {}
+
+
+def test_a_sink_that_takes_nothing_keeps_nobody_waiting() -> None:
+    written, tank = Written(), Tank(shut=True)
+    written.logs.attach(tank)
+    for _ in range(20):
+        EARLY.info("x")
+    written.logs.close(timeout=0.05)
+    for thread in threading.enumerate():
+        if thread.name == "sereno-logs-tank":
+            thread.join(10)
+
+    assert len(written.lines()) == 20
+    assert tank.data == b""
+    assert written.logs.losses == {"tank": 20}
+
+
+def test_what_a_sink_says_it_lost_is_counted() -> None:
+    written, tank = Written(), Tank()
+    written.logs.attach(tank)
+    tank.lost(3)
+    told: list[tuple[str, int]] = []
+    written.logs.watch(lambda output, lines: told.append((output, lines)))
+    tank.lost(4)
+    written.logs.close()
+
+    assert written.logs.losses == {"tank": 7}
+    assert told == [("tank", 3), ("tank", 4)]
+
+
+def test_losses_are_told_to_whoever_watches() -> None:
+    stream = Blocked()
+    told: list[tuple[str, int]] = []
+
+    def watcher(output: str, lines: int) -> None:
+        told.append((output, lines))
+        if len(told) > 1:
+            raise RuntimeError
+
+    with configure(stream=cast(BinaryIO, stream), queue_max=2) as handle:
+        EARLY.info("taken")
+        assert stream.reached.wait(10)
+        for _ in range(5):
+            EARLY.info("x")
+        handle.watch(watcher)
+        EARLY.info("x")
+        stream.opened.set()
+
+    assert told == [("stdout", 3), ("stdout", 1)]
+    assert handle.losses == {"stdout": 4}
+
+
+def test_the_logs_of_the_moment_can_be_had() -> None:
+    assert logs.current() is None
+    written = Written()
+
+    assert logs.current() is written.logs

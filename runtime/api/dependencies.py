@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from opentelemetry.trace import SpanContext
 
 from runtime.engines.base import Engine
 from runtime.graphs import Graphs
@@ -16,6 +17,7 @@ from runtime.transports.ndjson import Ndjson
 from runtime.transports.seed import SeedNdjson
 from telemetry.health import Checks
 from telemetry.metrics import Metrics
+from telemetry.recorder import Recorded
 
 __all__ = ["Services", "ServicesDep"]
 
@@ -39,6 +41,10 @@ class Services:
     open_nodes: Callable[[str], Sequence[str]]
     #: Done when the server shuts down: open streams say where they are and end.
     draining: Callable[[], bool]
+    #: The span of a run's latest segment, as far as it is known here.
+    run_context: Callable[[Run], SpanContext | None] = lambda run: None
+    #: A run's spans, as long as they are kept; None when they never were.
+    recorded: Callable[[str], Recorded | None] = lambda run_id: None
     info: Mapping[str, Any] = field(default_factory=dict)
 
 

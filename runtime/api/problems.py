@@ -21,6 +21,7 @@ from runtime.errors import (
     SerenoError,
     Unavailable,
 )
+from telemetry import http
 
 __all__ = ["RESPONSES", "BadCursor", "install", "problem"]
 
@@ -72,6 +73,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
                         "run_id": {"type": "string"},
                         "thread_id": {"type": "string"},
                         "active_run": {"type": "string"},
+                        "trace_id": {"type": "string"},
                     },
                 }
             }
@@ -96,7 +98,7 @@ def problem(
     headers: dict[str, str] | None = None,
     **members: Any,
 ) -> JSONResponse:
-    """A problem document; members that are None are left out."""
+    """A problem document; members that are None are left out. A trace is the request's."""
     body = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -105,6 +107,8 @@ def problem(
         "detail": detail,
         **{name: value for name, value in members.items() if value is not None},
     }
+    if (trace_id := http.current().trace_id) is not None:
+        body["trace_id"] = trace_id
     return _Problem(body, status, headers=headers)
 
 
@@ -119,6 +123,8 @@ class _Problem(JSONResponse):
 async def _ours(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, SerenoError)
     status = next(status for kind, status in STATUSES if isinstance(exc, kind))
+    if status >= 500:
+        http.current().failed(exc)
     headers = {"Retry-After": str(exc.retry_after)} if isinstance(exc, Unavailable) else None
     members = {name: getattr(exc, name, None) for name in MEMBERS}
     if members["run_id"] is None:
@@ -148,6 +154,7 @@ async def _http(request: Request, exc: Exception) -> Response:
 
 
 async def _unexpected(request: Request, exc: Exception) -> Response:
+    http.current().failed(exc)  # before the answer, with which the request's span ends
     _log.error("Request failed", path=request.url.path, exc_info=exc)
     return problem(500, "internal", "the request could not be answered; the server's log says why")
 

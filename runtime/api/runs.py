@@ -26,13 +26,14 @@ from runtime.api.schemas import (
     terminal_data,
     unix_seconds,
 )
-from runtime.api.stream import NOTHING_MORE, LinesResponse, stream_of
+from runtime.api.stream import NOTHING_MORE, LinesResponse, acts_on, stream_of
 from runtime.api.submitting import submit_request
 from runtime.engines.base import follow
-from runtime.errors import InvalidRequest, NotFound
+from runtime.errors import InvalidRequest, NotFound, TraceNotRecorded
 from runtime.events import STORED_TYPES, TERMINAL_TYPES, UNSTORED_TYPES
 from runtime.model import Run, RunQuery, RunStatus
 from runtime.transports.ndjson import MEDIA_TYPE
+from telemetry.recorder import otlp
 
 __all__ = [
     "ANSWERED",
@@ -77,8 +78,9 @@ async def start(
 
 async def answer_new_run(services: Services, run: Run, request: Request) -> Response:
     """A new run as the client wants to see it: its stream, its result, or where it is."""
+    acts_on(run)
     if MEDIA_TYPE in request.headers.get("accept", ""):
-        return stream_of(services, run)
+        return stream_of(services, run, origin=True)
     if (seconds := _preferred_wait(request.headers.get("prefer"))) is not None:
         return await result_of(services, run, seconds)
     return _accepted(run_info(run).model_dump(), run)
@@ -115,7 +117,7 @@ async def index(
 @router.get("/{run_id}", response_model=RunInfo)
 async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
     """A run as it is now."""
-    run = await services.engine.get(run_id)
+    run = await _named(services, run_id)
     if run.terminal is not None:
         lines = await services.engine.read(run_id, run.terminal - 1, 1)
         result = dict(terminal_data(lines[0].body))
@@ -123,12 +125,7 @@ async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
         return run_info(run, result=result)
     position = None
     if run.status is RunStatus.PENDING:
-        older = RunQuery(
-            status=RunStatus.PENDING,
-            limit=services.settings.queue_max,
-            cursor=(run.created_at, run.run_id),
-        )
-        position = len(await services.engine.search(older))
+        position = await services.engine.position(run)
     return run_info(run, queue_position=position)
 
 
@@ -143,7 +140,7 @@ async def stream(
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A run's lines from a cursor on: what is stored first, then what comes."""
-    run = await services.engine.get(run_id)
+    run = await _named(services, run_id)
     return stream_of(
         services,
         run,
@@ -162,12 +159,23 @@ async def data(
     services: ServicesDep,
 ) -> Response:
     """A member that was too large for its line."""
-    await services.engine.get(run_id)
+    await _named(services, run_id)
     body = await services.engine.data(run_id, seq, member)
     if body is None:
         raise NotFound(f"line {seq} of run {run_id!r} has no large member {member!r}")
     headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
     return Response(body, media_type="application/json", headers=headers)
+
+
+@router.get("/{run_id}/trace")
+async def trace(run_id: RunId, services: ServicesDep) -> JSONResponse:
+    """The run's spans as OTLP/JSON, from this process's own recorder. Those that have not ended
+    are under `open`; `complete` is false when an epoch's are gone."""
+    await _named(services, run_id)
+    recorded = services.recorded(run_id)
+    if recorded is None or recorded.empty:
+        raise TraceNotRecorded(run_id)
+    return JSONResponse(otlp(recorded), headers={"Cache-Control": "no-store"})
 
 
 @router.get("/{run_id}/wait", responses=NOT_YET)
@@ -177,7 +185,7 @@ async def wait(
     timeout: Annotated[float, Query(ge=0)] = WAIT_MAX,
 ) -> Response:
     """The result: 200 for every outcome, 202 when there is none yet."""
-    run = await services.engine.get(run_id)
+    run = await _named(services, run_id)
     return await result_of(services, run, timeout)
 
 
@@ -193,9 +201,17 @@ async def cancel(
     """Ask a run to end. Idempotent: an ended run answers 200 with its outcome."""
     reason = (body.reason if body else None) or "api"
     run = await services.cancel(run_id, reason)
+    acts_on(run)
     if run.terminal is not None:
         return await result_of(services, run, 0)
     return _accepted(run_info(run).model_dump(), run)
+
+
+async def _named(services: Services, run_id: str) -> Run:
+    """The run that an address names. Raises UnknownRun."""
+    run = await services.engine.get(run_id)
+    acts_on(run)
+    return run
 
 
 async def result_of(services: Services, run: Run, seconds: float) -> Response:

@@ -10,7 +10,7 @@ from runtime.api.dependencies import Services, ServicesDep
 from runtime.api.problems import RESPONSES
 from runtime.api.runs import NOT_YET, WAIT_MAX, read_cursor, result_of
 from runtime.api.schemas import JsonRoute, SeedRequest, check_id
-from runtime.api.stream import NOTHING_MORE, LinesResponse, stream_of
+from runtime.api.stream import NOTHING_MORE, LinesResponse, acts_on, stream_of
 from runtime.api.submitting import default_input, latest_run, submit_stored
 from runtime.errors import (
     Conflict,
@@ -55,7 +55,8 @@ async def attach(
         run = await _start(services, SeedRequest(thread_id=thread_id, graph=graph))
     except ThreadBusy as busy:  # somebody was faster
         run = await services.engine.get(busy.active_run)
-    return _seed_stream(services, run, graph, 0, heartbeat)
+        return _seed_stream(services, run, graph, 0, heartbeat)
+    return _seed_stream(services, run, graph, 0, heartbeat, origin=True)
 
 
 @router.post("/stream", response_class=LinesResponse)
@@ -63,14 +64,16 @@ async def attach(
 async def start(services: ServicesDep, body: SeedRequest | None = None) -> Response:
     """Start a task and stream it; the same body on its active run attaches."""
     body = body or SeedRequest()
-    return _seed_stream(services, await _start_or_same(services, body), body.graph, 0, None)
+    run, started = await _start_or_same(services, body)
+    return _seed_stream(services, run, body.graph, 0, None, origin=started)
 
 
 @router.post("/run", responses=NOT_YET)
 async def run(services: ServicesDep, body: SeedRequest | None = None) -> Response:
     """Start a task and wait for its result."""
-    started = await _start_or_same(services, body or SeedRequest())
-    return await result_of(services, started, WAIT_MAX)
+    run, _ = await _start_or_same(services, body or SeedRequest())
+    acts_on(run)
+    return await result_of(services, run, WAIT_MAX)
 
 
 async def _found(services: Services, thread_id: str | None, run_id: str | None) -> Run | None:
@@ -91,29 +94,38 @@ async def _start(services: Services, body: SeedRequest) -> Run:
     return await submit_stored(services, graph, stored, thread_id=body.thread_id)
 
 
-async def _start_or_same(services: Services, body: SeedRequest) -> Run:
-    """A busy thread is a conflict, unless what was asked for is what runs."""
+async def _start_or_same(services: Services, body: SeedRequest) -> tuple[Run, bool]:
+    """A run, and whether it is new: on a busy thread only what was asked for may run already."""
     try:
-        return await _start(services, body)
+        return await _start(services, body), True
     except ThreadBusy as busy:
         active = await services.engine.get(busy.active_run)
         graph = _graph(services, body.graph)
         asked = {"input": default_input(graph, body.input)}
-        running = {name: value for name, value in active.request.items() if name != "stream"}
+        running = {name: value for name, value in active.body.items() if name != "stream"}
         if active.graph != graph.name or running != asked:
             raise
-        return active
+        return active, False
 
 
 def _seed_stream(
-    services: Services, run: Run, graph: str | None, after: int, heartbeat: float | None
+    services: Services,
+    run: Run,
+    graph: str | None,
+    after: int,
+    heartbeat: float | None,
+    *,
+    origin: bool = False,
 ) -> Response:
+    acts_on(run)
     if graph is not None and graph != run.graph:
         raise OtherGraph(run, graph)
     if "values" not in run.modes:
         raise NotRecorded(run.run_id, "values")
     transport = services.seed.showing(_public(services, run.graph))
-    return stream_of(services, run, after=after, transport=transport, heartbeat_s=heartbeat)
+    return stream_of(
+        services, run, origin=origin, after=after, transport=transport, heartbeat_s=heartbeat
+    )
 
 
 def _public(services: Services, name: str) -> frozenset[str] | None:

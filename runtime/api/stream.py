@@ -7,7 +7,7 @@ import contextlib
 import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import structlog
 from starlette.responses import Response
@@ -20,12 +20,11 @@ from runtime.events import TERMINAL_TYPES, unstored
 from runtime.model import Run, StoredLine
 from runtime.transports.base import Transport
 from runtime.transports.ndjson import MEDIA_TYPE
+from telemetry import http
+from telemetry.contract import CloseReason, StreamKind
+from telemetry.streams import StreamWatch
 
-__all__ = ["NOTHING_MORE", "Lines", "LinesResponse", "stream_of"]
-
-CloseReason = Literal[
-    "complete", "client_disconnect", "slow_consumer", "server_shutdown", "error", "timeout"
-]
+__all__ = ["NOTHING_MORE", "Lines", "LinesResponse", "acts_on", "stream_of"]
 
 #: For the OpenAPI document: what a stream answers besides its lines.
 NOTHING_MORE: dict[int | str, dict[str, Any]] = {
@@ -33,21 +32,40 @@ NOTHING_MORE: dict[int | str, dict[str, Any]] = {
 }
 #: Seconds that a timer may go off before its time: uvloop counts whole milliseconds.
 EARLY = 0.01
+#: The part of the longest time for a write after which a client is called slow.
+SLOW = 0.1
 
 _log = structlog.get_logger("api")
+
+
+def acts_on(run: Run) -> None:
+    """Say which run the current request is about."""
+    http.current().acts_on(
+        run_id=run.run_id,
+        thread_id=run.thread_id,
+        graph=run.graph,
+        traceparent=run.request.get("traceparent"),
+    )
 
 
 def stream_of(
     services: Services,
     run: Run,
     *,
+    origin: bool = False,
     after: int = 0,
     types: frozenset[str] | None = None,
     following: bool = True,
     heartbeat_s: float | None = None,
     transport: Transport | None = None,
 ) -> Response:
-    """The response that carries a run's lines from a cursor on. Raises CursorAhead."""
+    """The response that carries a run's lines from a cursor on. Raises CursorAhead.
+
+    `origin`: this request started the run. Other readers come back with a cursor (`resume`), or
+    begin at the first line (`join`), of a run that goes on or has ended.
+    """
+    if not origin:
+        http.current().reads(lambda: services.run_context(run))
     check_cursor(after, run.last_seq)
     headers = {
         "X-Run-Id": run.run_id,
@@ -62,6 +80,7 @@ def stream_of(
     return Lines(
         services,
         run,
+        kind="origin" if origin else "resume" if after else "join",
         after=after,
         types=types,
         following=following,
@@ -85,6 +104,7 @@ class Lines(Response):
         services: Services,
         run: Run,
         *,
+        kind: StreamKind,
         after: int,
         types: frozenset[str] | None,
         following: bool,
@@ -101,23 +121,24 @@ class Lines(Response):
         self._services = services
         self._run = run
         self._after = after
-        self._from = after
         self._types = types
         self._following = following
         self._heartbeat_s = heartbeat_s
         self._transport = transport
-        self._lines = 0
-        #: The last seq, lines and bytes that the client has accepted.
-        self._told = (after, 0, 0)
+        self._exchange = http.current()
+        self._watch = StreamWatch(
+            services.metrics,
+            self._exchange,
+            kind=kind,
+            run_id=run.run_id,
+            thread_id=run.thread_id,
+            from_seq=after,
+            last_seq=run.last_seq,
+            slow_s=services.settings.write_timeout_s * SLOW,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        _log.info(
-            "Stream opened",
-            event_type="stream.opened",
-            run_id=self._run.run_id,
-            thread_id=self._run.thread_id,
-            after=self._from,
-        )
+        self._watch.opened()
         reason: CloseReason = "error"
         gone = asyncio.create_task(_disconnected(receive))
         deliver = asyncio.create_task(self._deliver(send))
@@ -131,7 +152,7 @@ class Lines(Response):
             else:
                 reason = "timeout"
                 await _cancelled(deliver)
-                await self._send(send, _END)
+                await self._end(send, reason)
         except _Closed as closed:
             reason = closed.reason
         except asyncio.CancelledError:
@@ -139,49 +160,52 @@ class Lines(Response):
             raise
         finally:
             await _cancelled(gone, deliver)
-            last_seq, lines, size = self._told
-            _log.info(
-                "Stream closed",
-                event_type="stream.closed",
-                run_id=self._run.run_id,
-                thread_id=self._run.thread_id,
-                reason=reason,
-                events=lines,
-                bytes=size,
-                from_seq=self._from,
-                last_seq=last_seq,
-            )
+            self._watch.closed(reason)
 
     async def _deliver(self, send: Send) -> CloseReason:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await self._send(send, start)
         reason: CloseReason = "complete"
         try:
-            async with contextlib.aclosing(self._chunks()) as chunks:
-                async for chunk in chunks:
-                    await self._send(send, _body(chunk))
-                    self._told = (self._after, self._lines, self._told[2] + len(chunk))
+            async with contextlib.aclosing(self._writes()) as writes:
+                async for write in writes:
+                    blocked_s = await self._send(send, _body(write.body))
+                    self._watch.wrote(
+                        write.lines,
+                        write.unstored,
+                        seq=write.seq,
+                        size=len(write.body),
+                        blocked_s=blocked_s,
+                    )
         except _Closed as closed:
             if closed.reason != "server_shutdown":  # an end would not get through either
                 raise
             reason = closed.reason
         except SerenoError as exc:
             _log.warning("Stream failed", run_id=self._run.run_id, error=str(exc))
+            self._exchange.failed(exc)
             reason = "error"
-        await self._send(send, _END)
+        await self._end(send, reason)
         return reason
 
-    async def _send(self, send: Send, message: Message) -> None:
-        """Raises _Closed when the client does not take it."""
+    async def _end(self, send: Send, reason: CloseReason) -> None:
+        self._watch.closing(reason)
+        await self._send(send, _END)
+
+    async def _send(self, send: Send, message: Message) -> float:
+        """The seconds that it took. Raises _Closed when the client does not take it."""
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(self._services.settings.write_timeout_s):
                 await send(message)
         except TimeoutError:
+            self._watch.refused(time.perf_counter() - began)
             raise _Closed("slow_consumer") from None
         except OSError:
             raise _Closed("client_disconnect") from None
+        return time.perf_counter() - began
 
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
+    async def _writes(self) -> AsyncGenerator[_Write, None]:
         """Lines that are ready together leave in one write. Raises _Closed when draining."""
         engine = self._services.engine
         caught_up = self._run.terminal is not None
@@ -195,54 +219,73 @@ class Lines(Response):
         batches = follow(engine, self._run.run_id, self._after, tick=self._heartbeat_s or None)
         async with contextlib.aclosing(batches):
             async for batch in batches:
-                chunk = b""
                 if not caught_up and batch and batch[-1].seq >= opened_at:
                     seen = [line for line in batch if line.seq <= opened_at]
-                    batch = batch[len(seen) :]
-                    chunk = self._encoded(seen) + self._caught_up()
+                    write = self._encoded(seen).then(self._caught_up())
                     caught_up = True
                     if not self._following:
-                        yield chunk
+                        yield write
                         return
+                    write = write.then(self._encoded(batch[len(seen) :]))
                 elif not batch and self._services.draining():
                     yield await self._heartbeat()
                     raise _Closed("server_shutdown")
-                chunk += self._encoded(batch)
-                if not chunk and self._heartbeat_due(spoke):
-                    chunk = await self._heartbeat()
-                if chunk:
+                else:
+                    write = self._encoded(batch)
+                if not write.body and self._heartbeat_due(spoke):
+                    write = await self._heartbeat()
+                if write.body:
                     spoke = time.monotonic()
-                    yield chunk
+                    yield write
 
     def _heartbeat_due(self, spoke: float) -> bool:
         beat = self._heartbeat_s
         return beat > 0 and time.monotonic() - spoke >= beat - EARLY
 
-    def _encoded(self, batch: Sequence[StoredLine]) -> bytes:
-        if not batch:
-            return b""
-        self._after = batch[-1].seq
+    def _encoded(self, batch: Sequence[StoredLine]) -> _Write:
+        if batch:
+            self._after = batch[-1].seq
         types = self._types
         chosen = [
             line
             for line in batch
             if types is None or line.type in types or line.type in TERMINAL_TYPES
         ]
-        self._lines += len(chosen)
-        return b"".join([self._transport.stored(line) for line in chosen])
+        body = b"".join([self._transport.stored(line) for line in chosen])
+        return _Write(body, chosen, (), self._after)
 
-    def _caught_up(self) -> bytes:
+    def _caught_up(self) -> _Write:
         return self._bookmark("caught_up", {})
 
-    async def _heartbeat(self) -> bytes:
+    async def _heartbeat(self) -> _Write:
         run = await self._services.engine.get(self._run.run_id)
         self._run = run
         nodes = list(self._services.open_nodes(run.run_id))
         return self._bookmark("heartbeat", {"status": run.status, "nodes": nodes})
 
-    def _bookmark(self, type: str, data: dict[str, Any]) -> bytes:
+    def _bookmark(self, type: str, data: dict[str, Any]) -> _Write:
         line = unstored(self._run, type, after=self._after, ts=time.time(), data=data)
-        return self._transport.unstored(line)
+        return _Write(self._transport.unstored(line), (), (type,), self._after)
+
+
+class _Write(NamedTuple):
+    """What leaves at once."""
+
+    body: bytes
+    lines: Sequence[StoredLine]
+    #: Types of lines that are not stored.
+    unstored: tuple[str, ...]
+    #: Where the reader is then.
+    seq: int
+
+    def then(self, other: _Write) -> _Write:
+        """Both in one."""
+        return _Write(
+            self.body + other.body,
+            [*self.lines, *other.lines],
+            self.unstored + other.unstored,
+            other.seq,
+        )
 
 
 def _body(chunk: bytes, *, more: bool = True) -> Message:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
 from langgraph.constants import END
+from opentelemetry.trace import get_current_span
 from pydantic import BaseModel, ValidationError
 
 from runtime.api.dependencies import Services
@@ -14,6 +16,7 @@ from runtime.api.schemas import RunRequest, new_run_id
 from runtime.errors import InvalidRequest, UnknownThread
 from runtime.graphs import LoadedGraph
 from runtime.model import NewRun, Run, RunQuery
+from telemetry.tracing import traceparent
 
 __all__ = [
     "bound_resume",
@@ -83,19 +86,42 @@ async def submit_stored(
     trigger: str = "api",
 ) -> Run:
     """Commit a run of which everything is known."""
-    run_id = new_run_id()
+    run_id, noted = new_run_id(), {"trigger": trigger}
+    asked = get_current_span().get_span_context()
+    if asked.is_valid:
+        noted["traceparent"] = traceparent(asked)
+    before = None
+    if trigger == "resume" and thread_id is not None:
+        before = await latest_run(services, thread_id)
+        if (ended := await _ended_with(services, before)) is not None:
+            noted["resume_of"] = ended
     new = NewRun(
         run_id=run_id,
         thread_id=thread_id or run_id,
         graph=graph.name,
         graph_digest=graph.digest,
-        request=stored,
+        request={**stored, **noted},
         deadline=time.time() + deadline_s if deadline_s is not None else None,
     )
     data: dict[str, Any] = {"graph": graph.name, "trigger": trigger}
     if metadata := stored.get("metadata"):
         data["metadata"] = metadata
-    return await services.submit(new, data)
+    run = await services.submit(new, data)
+    if before is not None and before.ended_at is not None:
+        waited = services.metrics["interrupt_wait_seconds"]
+        waited.observe(max(0.0, run.created_at - before.ended_at), graph.name)
+    return run
+
+
+async def _ended_with(services: Services, run: Run) -> str | None:
+    """The traceparent of the segment that a run ended with; None when it was not traced."""
+    if run.terminal is None:
+        return None
+    for line in await services.engine.read(run.run_id, run.terminal - 1, 1):
+        ids = orjson.loads(line.body)
+        if "trace_id" in ids:
+            return f"00-{ids['trace_id']}-{ids['span_id']}-01"
+    return None
 
 
 def check_input(graph: LoadedGraph, value: Any) -> None:

@@ -12,6 +12,7 @@ from runtime.api.runs import ANSWERED, answer_new_run
 from runtime.api.schemas import JsonRoute, ResumeRequest, RunInfo, ThreadState
 from runtime.api.submitting import bound_resume, latest_run, state_of, submit_stored
 from runtime.errors import ThreadBusy
+from telemetry import http
 
 __all__ = ["router"]
 
@@ -26,6 +27,7 @@ ThreadId = Annotated[str, Path(description="A thread's id.")]
 async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
     """The thread's values after its latest checkpoint, what comes next, and what it waits for."""
     run = await latest_run(services, thread_id)
+    http.current().acts_on(thread_id=thread_id, graph=run.graph)
     snapshot = await state_of(services, services.graphs.get(run.graph), thread_id)
     body: dict[str, Any] = {
         "thread_id": thread_id,

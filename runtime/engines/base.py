@@ -17,18 +17,21 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver
 
 from runtime.errors import CursorAhead, LeaseLost, ThreadBusy
 from runtime.events import STATUS, TERMINAL_TYPES, Event
-from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, Statistics, StoredLine
+from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, StoredLine
 
 __all__ = [
     "Checkpointed",
     "Engine",
+    "Statistics",
     "Tails",
+    "Waiting",
     "check_append",
     "check_claim",
     "check_cursor",
@@ -36,6 +39,7 @@ __all__ = [
     "check_submit",
     "follow",
     "lets_go",
+    "span_attributes",
     "turning_point",
     "void",
 ]
@@ -77,6 +81,10 @@ class Engine(Protocol):
 
     async def search(self, query: RunQuery) -> Sequence[Run]:
         """Runs, newest first."""
+        ...
+
+    async def position(self, run: Run) -> int:
+        """How many pending runs are older than this one."""
         ...
 
     async def claimable(self, limit: int) -> Sequence[Run]:
@@ -132,14 +140,14 @@ class Engine(Protocol):
         ...
 
     def checkpointer(
-        self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
+        self, lease: Lease | None, *, before_write: Callable[[str | None], None] | None = None
     ) -> BaseCheckpointSaver[Any]:
         """A LangGraph saver whose writes are fenced by the lease; without one it only reads.
 
         A write raises LeaseLost when the lease is lost, RuntimeError when there is none.
 
-        `before_write(progress)` is called before each write is posted, so that lines go first;
-        `progress` says that it is a new checkpoint of the root graph.
+        `before_write(checkpoint_id)` is called before each write is posted, so that lines go
+        first; the id is that of a new checkpoint of the root graph, None for any other write.
         """
         ...
 
@@ -148,12 +156,36 @@ class Engine(Protocol):
         ...
 
     async def writable(self) -> bool:
-        """Whether the store takes a write right now."""
+        """Whether the store takes a write of some pages right now, and is still ours."""
         ...
 
     async def statistics(self) -> Statistics:
-        """Runs by what they do."""
+        """Who waits. Cheap, however many runs have ended."""
         ...
+
+    async def sizes(self) -> Mapping[str, int]:
+        """Bytes of each part of the store; none when it is not stored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Runs that were interrupted and are the last of their thread: nobody has answered yet."""
+
+    runs: int
+    #: Seconds since the first of these interrupts.
+    oldest_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Who waits right now: for a slot, or for a human."""
+
+    pending: int
+    #: Seconds since the oldest of them was submitted; None without any.
+    oldest_pending_s: float | None = None
+    #: For a human, by graph.
+    waiting: Mapping[str, Waiting] = field(default_factory=dict)
 
 
 class Checkpointed:
@@ -335,6 +367,11 @@ class Tails:
             tail.watchers -= 1
             self._let_go(run_id, tail)
 
+    def watched(self, run_id: str) -> bool:
+        """Whether anybody watches; for any thread."""
+        tail = self._tails.get(run_id)
+        return tail is not None and tail.watchers > 0
+
     def _let_go(self, run_id: str, tail: Tail) -> None:
         if not tail.watchers and not tail.living:
             del self._tails[run_id]
@@ -369,6 +406,17 @@ async def follow(
                         return
                 yield ()
                 await tail.changed(after, calls, tick)
+
+
+def span_attributes(lease: Lease | None) -> Mapping[str, Any]:
+    """What a span says of the run that it belongs to."""
+    if lease is None:
+        return {}
+    return {
+        "sereno.run.id": lease.run_id,
+        "sereno.thread.id": lease.thread_id,
+        "sereno.run.epoch": lease.epoch,
+    }
 
 
 def check_cursor(after: int, last_seq: int) -> None:

@@ -6,28 +6,32 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.checkpoint.memory import InMemorySaver
 
 from runtime.engines.base import (
     NOT_A_RESULT,
     Checkpointed,
+    Statistics,
     Tails,
+    Waiting,
     check_append,
     check_claim,
     check_lines,
     check_submit,
     lets_go,
+    span_attributes,
     turning_point,
     void,
 )
 from runtime.errors import LeaseLost, StorageFailed, UnknownRun
 from runtime.events import STATUS, Event
-from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
+from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, StoredLine
+from telemetry.storage import Op, Operation, StorageObserver
 
 __all__ = ["MemoryEngine", "Store"]
 
@@ -54,12 +58,14 @@ class MemoryEngine:
         store: Store | None = None,
         clock: Callable[[], float] = time.time,
         serde: Any = None,
+        telemetry: StorageObserver | None = None,
         **_: object,
     ) -> None:
         self._store = store or Store()
         self._clock = clock
         if serde is not None:
             self._store.saver.serde = serde
+        self.telemetry = telemetry or StorageObserver()
         self.log_id = self._store.log_id
         self.tails = Tails()
 
@@ -95,6 +101,14 @@ class MemoryEngine:
                 self._store.runs.values(), key=lambda r: (r.created_at, r.run_id), reverse=True
             )
         return [run for run in runs if _matches(run, query)][: query.limit]
+
+    async def position(self, run: Run) -> int:
+        place = run.created_at, run.run_id
+        with self._store.lock:
+            return sum(
+                r.status is RunStatus.PENDING and (r.created_at, r.run_id) < place
+                for r in self._store.runs.values()
+            )
 
     async def claimable(self, limit: int) -> Sequence[Run]:
         now = self._clock()
@@ -139,16 +153,19 @@ class MemoryEngine:
                     del saver.writes[key]
 
     def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
-        learnt = {}
+        learnt, taken = {}, 0
         with self._store.lock:
             until = self._clock() + lease_s
             for lease in leases:
                 run = self._store.runs.get(lease.run_id)
                 if run is None or (run.epoch, run.lease_owner) != (lease.epoch, lease.owner):
                     learnt[lease.run_id] = Renewal(held=False)
+                    taken += run is not None and run.epoch > lease.epoch
                     continue
                 self._store.runs[run.run_id] = replace(run, lease_until=until)
                 learnt[lease.run_id] = Renewal(held=True, cancel_reason=run.cancel_reason)
+        if taken:
+            self.telemetry.not_renewed(taken)
         return learnt
 
     def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
@@ -161,6 +178,7 @@ class MemoryEngine:
                 check_lines(run.run_id, run.epoch, run.last_seq, events)
                 self._write(run, events)
         except LeaseLost as exc:
+            self.telemetry.fenced("event", len(events))
             future.set_exception(exc)
         else:
             future.set_result(None)
@@ -188,7 +206,7 @@ class MemoryEngine:
         return self._store.data.get((run_id, seq, member))
 
     def checkpointer(
-        self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
+        self, lease: Lease | None, *, before_write: Callable[[str | None], None] | None = None
     ) -> BaseCheckpointSaver[Any]:
         return _FencedSaver(self, lease, before_write)
 
@@ -212,12 +230,27 @@ class MemoryEngine:
         return True
 
     async def statistics(self) -> Statistics:
-        runs = list(self._store.runs.values())
+        with self._store.lock:
+            runs = list(self._store.runs.values())
+        now = self._clock()
+        pending = [run.created_at for run in runs if run.status is RunStatus.PENDING]
+        last = {run.thread_id: run for run in sorted(runs, key=lambda r: r.created_at)}
+        since: dict[str, list[float]] = {}
+        for run in last.values():
+            if run.status is RunStatus.INTERRUPTED:
+                assert run.ended_at is not None
+                since.setdefault(run.graph, []).append(run.ended_at)
         return Statistics(
-            pending=sum(run.status is RunStatus.PENDING for run in runs),
-            running=sum(run.status is RunStatus.RUNNING for run in runs),
-            ended=sum(run.status.ended for run in runs),
+            pending=len(pending),
+            oldest_pending_s=now - min(pending) if pending else None,
+            waiting={
+                graph: Waiting(runs=len(times), oldest_s=now - min(times))
+                for graph, times in since.items()
+            },
         )
+
+    async def sizes(self) -> Mapping[str, int]:
+        return {}
 
     def _active(self, thread_id: str) -> Run | None:
         for run in self._store.runs.values():
@@ -231,6 +264,7 @@ class MemoryEngine:
 
     def _write(self, run: Run, events: Sequence[Event]) -> Run:
         """Lines and what they make of the row, as one step."""
+        begun = time.perf_counter()
         lines = self._store.lines[run.run_id]
         for event in events:
             lines.append(StoredLine(seq=event.seq, type=event.type, body=event.body))
@@ -245,6 +279,7 @@ class MemoryEngine:
             if turn.terminal:
                 run = replace(run, terminal=turn.seq, ended_at=now)
         self._store.runs[run.run_id] = run
+        self.telemetry.committed(time.perf_counter() - begun, failed=False)
         self.tails.publish(run.run_id, events)
         return run
 
@@ -263,7 +298,10 @@ class _FencedSaver(InMemorySaver):
     """LangGraph's saver over the shared store; writes need the lease."""
 
     def __init__(
-        self, engine: MemoryEngine, lease: Lease | None, before_write: Callable[[bool], None] | None
+        self,
+        engine: MemoryEngine,
+        lease: Lease | None,
+        before_write: Callable[[str | None], None] | None,
     ) -> None:
         saver = engine._store.saver
         super().__init__(serde=saver.serde)
@@ -271,6 +309,7 @@ class _FencedSaver(InMemorySaver):
         self._engine = engine
         self._lease = lease
         self._before_write = before_write
+        self._run = span_attributes(lease)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
 
@@ -283,30 +322,49 @@ class _FencedSaver(InMemorySaver):
         return super().get_tuple(config)
 
     async def aget_tuple(self, config: Any) -> Any:
-        return super().get_tuple(config)
+        with self._operation("get"):
+            return super().get_tuple(config)
+
+    async def alist(
+        self, config: Any, *, filter: Any = None, before: Any = None, limit: int | None = None
+    ) -> AsyncIterator[CheckpointTuple]:
+        with self._operation("list"):
+            items = list(super().list(config, filter=filter, before=before, limit=limit))
+        for item in items:
+            yield item
+
+    async def aget_delta_channel_history(self, *, config: Any, channels: Any) -> Any:
+        with self._operation("get"):
+            return super().get_delta_channel_history(config=config, channels=channels)
 
     def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
         if threading.get_ident() != self._thread:  # a graph that a sync node calls
             return asyncio.run_coroutine_threadsafe(
                 self.aput(config, checkpoint, metadata, new_versions), self._loop
             ).result()
-        self._fence(progress=not config["configurable"].get("checkpoint_ns"))
-        return super().put(config, checkpoint, metadata, new_versions)
+        with self._operation("put"):
+            root = not config["configurable"].get("checkpoint_ns")
+            self._fence(checkpoint["id"] if root else None)
+            return super().put(config, checkpoint, metadata, new_versions)
 
     def put_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
         if threading.get_ident() != self._thread:
             return asyncio.run_coroutine_threadsafe(
                 self.aput_writes(config, writes, task_id, task_path), self._loop
             ).result()
-        self._fence(progress=False)
-        super().put_writes(config, writes, task_id, task_path)
+        with self._operation("put"):
+            self._fence(None)
+            super().put_writes(config, writes, task_id, task_path)
 
-    def _fence(self, *, progress: bool) -> None:
+    def _operation(self, op: Op) -> Operation:
+        return self._engine.telemetry.checkpoint(op, "memory", self._run)
+
+    def _fence(self, checkpoint_id: str | None) -> None:
         if self._lease is None:
             raise RuntimeError("this saver has no lease: it only reads")
         if self._before_write is not None:
-            self._before_write(progress)
-        self._engine.checkpoint_written(self._lease, progress=progress)
+            self._before_write(checkpoint_id)
+        self._engine.checkpoint_written(self._lease, progress=checkpoint_id is not None)
 
 
 def _matches(run: Run, query: RunQuery) -> bool:

@@ -9,6 +9,7 @@ from langgraph.checkpoint.serde.event_hooks import register_serde_event_listener
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from runtime.errors import BadSetting, SerenoError
+from telemetry.storage import weigh
 
 __all__ = ["StateTypeBlocked", "StrictSerializer"]
 
@@ -44,7 +45,13 @@ class StrictSerializer(JsonPlusSerializer):
         serializer = cls()
         return serializer.with_msgpack_allowlist(allowed) if allowed else serializer  # type: ignore[return-value]
 
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        kind, body = super().dumps_typed(obj)
+        weigh(len(body))
+        return kind, body
+
     def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        weigh(len(data[1]))
         outer, _blocked.names = getattr(_blocked, "names", None), []
         try:
             value = super().loads_typed(data)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import orjson
@@ -21,7 +22,7 @@ from langchain_core.messages import BaseMessage
 
 from runtime.engines.base import Engine
 from runtime.errors import LeaseLost, LogLimit, StorageFailed
-from runtime.events import Event, Sealer
+from runtime.events import OUTPUT_TYPES, Event, Sealer
 from runtime.execution.history import History
 from runtime.model import Lease
 from telemetry.contract import classify, error_text, error_type
@@ -37,13 +38,38 @@ from telemetry.observations import (
     NodeEnded,
     NodeRetrying,
     NodeWrote,
+    Observation,
     SuperstepEnded,
     Visit,
 )
+from telemetry.segments import Segment
 
 __all__ = ["Feed", "Limits"]
 
 _INTERRUPT = "__interrupt__"
+#: Lines that have a twin in the log: its level and message.
+_RECORDS = {
+    "node.started": ("debug", "Node started"),
+    "node.retrying": ("warning", "Node retrying"),
+    "call.retrying": ("warning", "Call retrying"),
+    "node.completed": ("info", "Node completed"),
+    "node.failed": ("warning", "Node failed"),
+    "node.interrupted": ("info", "Node interrupted"),
+    "node.cancelled": ("info", "Node cancelled"),
+}
+#: What such a record takes over, from where the line is from and from its data.
+_RECORD_IDS = ("trace_id", "span_id", "attempt", "task")
+_RECORD_DATA = (
+    "call",
+    "attempt",
+    "attempts",
+    "duration_ms",
+    "cached",
+    "recovered",
+    "error_class",
+    "error_type",
+    "retry_in_ms",
+)
 #: The longest that a line waits for others to be posted with, in seconds.
 FLUSH_S = 0.002
 
@@ -64,7 +90,8 @@ class Limits:
 
 
 class Feed:
-    """Called with LangGraph's stream parts `(namespace, mode, data)`, from any thread.
+    """Called with LangGraph's stream parts `(namespace, mode, data)`, from any thread, and by the
+    seam, through the segment, with what it observes.
 
     Everything else is for the event loop. `failed` is called once when lines cannot be written.
     """
@@ -77,6 +104,7 @@ class Feed:
         sealer: Sealer,
         encoder: JsonEncoder,
         history: History,
+        segment: Segment,
         modes: frozenset[str],
         limits: Limits,
         token_s: float,
@@ -89,6 +117,9 @@ class Feed:
         self._sealer = sealer
         self._encoder = encoder
         self._history = history
+        self._segment = segment
+        #: `trace_id` and `span_id` of lines that no attempt caused; nothing when tracing is off.
+        self._ids: dict[str, Any] = segment.line_ids
         self._recorded = modes
         self._limits = limits
         self._token_s = token_s
@@ -98,7 +129,7 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._log = structlog.get_logger("runtime").bind(
-            run_id=lease.run_id, thread_id=lease.thread_id
+            run_id=lease.run_id, thread_id=lease.thread_id, graph=segment.graph
         )
 
         self.modes = {"tasks", "updates", "values", ATTEMPTS} | (modes & {"custom"})
@@ -118,6 +149,11 @@ class Feed:
         self.draining = False
 
         self._closed = False
+        #: Parts from other threads, in their order, until the loop takes them; after the last
+        #: look into it nothing is put in.
+        self._crossing: deque[tuple[Any, str, Any]] = deque()
+        self._crossing_lock = threading.Lock()
+        self._shut = False
         self._pending: list[Event] = []
         #: Batches that are posted and not yet committed, oldest first.
         self._posted: dict[asyncio.Future[None], list[Event]] = {}
@@ -126,9 +162,6 @@ class Feed:
         self._broken: BaseException | None = None
         self._last: Event | None = None
         self._unwritten = 0
-        #: Parts on their way from other threads.
-        self._crossing = 0
-        self._crossing_lock = threading.Lock()
         #: Whether who writes now waits for room by itself.
         self._patient = False
         self._bytes = history.log_bytes
@@ -153,6 +186,7 @@ class Feed:
         if ns and mode in ("updates", "values"):
             return
         if threading.get_ident() == self._thread:
+            self._take_crossing()
             self._part(part)
             return
         if self._closed:
@@ -161,11 +195,20 @@ class Feed:
         part = (ns, mode, self._kept(mode, data))
         # A thread may wait until its lines are written; the loop must not, so half is for the loop.
         room = (self._limits.unwritten + 1) // 2
-        while self._unwritten + self._crossing >= room and not self._closed:
+        while self._unwritten + len(self._crossing) >= room and not self._closed:
             time.sleep(0.002)
-        with self._crossing_lock:
-            self._crossing += 1
-        self._loop.call_soon_threadsafe(self._crossed, part)
+        self._cross(part)
+
+    def observe(
+        self, seen: Observation, *, span_id: str | None = None, node_span_id: str | None = None
+    ) -> bool:
+        """What the seam saw, from any thread. False: it came too late, and no line tells of it."""
+        part = ((), ATTEMPTS, _Observed(seen, span_id, node_span_id))
+        if threading.get_ident() != self._thread:
+            return self._cross(part)
+        self._take_crossing()
+        self._part(part)
+        return not self._closed
 
     def _kept(self, mode: str, data: Any) -> Any:
         """What a thread hands over: its node may change the value before the loop encodes it."""
@@ -188,11 +231,25 @@ class Feed:
     def _copied(self, value: Any) -> Any:
         return orjson.loads(self._encoder.encode(value))
 
-    def _crossed(self, part: tuple[Any, str, Any]) -> None:
+    def _cross(self, part: tuple[Any, str, Any]) -> bool:
         with self._crossing_lock:
-            self._crossing -= 1
+            if self._shut:
+                self.dropped += 1
+                return False
+            self._crossing.append(part)
+            first = len(self._crossing) == 1
+        if first:
+            self._loop.call_soon_threadsafe(self._take_crossing)
+        return True
+
+    def _take_crossing(self) -> None:
+        if not self._crossing:
+            return
+        with self._crossing_lock:
+            parts, self._crossing = self._crossing, deque()
         self._patient = True
-        self._part(part)
+        for part in parts:
+            self._part(part)
         self._patient = False
 
     def _part(self, part: tuple[Any, str, Any]) -> None:
@@ -228,26 +285,39 @@ class Feed:
 
     # Nodes and attempts.
 
-    def _observed(self, seen: Any) -> None:
+    def _observed(self, data: Any) -> None:
+        if isinstance(data, NodeWrote):
+            self._wrote(self._result_of(data))
+        elif isinstance(data, _Result):
+            self._wrote(data)
+        elif isinstance(data, SuperstepEnded):
+            self._superstep_ended()
+        else:
+            self._told(data)
+
+    def _told(self, told: _Observed) -> None:
+        seen = told.seen
         if isinstance(seen, AttemptStarted):
-            self._visited(seen.visit)
-            self._line("node.started", {}, self._where(seen.visit, seen.attempt))
+            self._started(seen, told)
         elif isinstance(seen, NodeRetrying):
             self._retrying(seen)
         elif isinstance(seen, NodeEnded):
             self._node_ended(seen)
-        elif isinstance(seen, NodeWrote):
-            self._wrote(self._result_of(seen))
-        elif isinstance(seen, _Result):
-            self._wrote(seen)
-        elif isinstance(seen, SuperstepEnded):
-            self._superstep_ended()
         elif isinstance(seen, CallAttemptStarted):
             self._calls[seen.call_id] = {}
         elif isinstance(seen, CallRetrying):
-            self._call_retrying(seen)
-        elif isinstance(seen, CallAttemptEnded) and seen.outcome != "retried":
+            self._call_retrying(seen, told.span_id)
+        elif isinstance(seen, CallAttemptEnded):
             self._calls.pop(seen.call_id, None)
+
+    def _started(self, seen: AttemptStarted, told: _Observed) -> None:
+        visit = seen.visit
+        self._visited(visit)
+        ids = {**self._ids, "span_id": told.span_id} if self._ids else {}
+        where = {**_where_of(visit), "attempt": seen.attempt, "step": visit.step, **ids}
+        self._wheres[visit.task] = (visit, seen.attempt, where)
+        data = {"node_span_id": told.node_span_id} if told.node_span_id is not None else {}
+        self._line("node.started", data, where)
 
     def _visited(self, visit: Visit) -> None:
         """The root graph may have gone on to its next superstep."""
@@ -258,7 +328,6 @@ class Feed:
     def _retrying(self, seen: NodeRetrying) -> None:
         self._forget(seen.visit.task)
         error, pause = self._error(seen.error), round(seen.retry_in_s * 1000, 1)
-        self._warn("node.retrying", seen.visit, seen.attempt, seen.error, retry_in_ms=pause)
         self._line(
             "node.retrying",
             {
@@ -269,6 +338,7 @@ class Feed:
                 "discard_from": self._history.superseded_from(seen.visit.task),
             },
             self._where(seen.visit, seen.attempt),
+            seen.error,
         )
 
     def _node_ended(self, seen: NodeEnded) -> None:
@@ -341,7 +411,8 @@ class Feed:
             "attempts": 0,
             "duration_ms": 0.0,
         }
-        self._end_line(result, numbers, {**_where_of(visit), "step": visit.step})
+        self._end_line(result, numbers, {**_where_of(visit), "step": visit.step, **self._ids})
+        self._segment.reapplied(visit.label, cached="cached" in numbers)
 
     def _end_line(
         self, result: _Result, numbers: Mapping[str, Any], where: Mapping[str, Any]
@@ -361,28 +432,24 @@ class Feed:
 
     # What is inside a node.
 
-    def _call_retrying(self, seen: CallRetrying) -> None:
+    def _call_retrying(self, seen: CallRetrying, span_id: str | None) -> None:
         made = self._calls.pop(seen.call_id, {})
         self._flush_tokens()
         for message_id in made:
             self._seen.pop(message_id, None)
-        if seen.visit is None:
-            return
         error = self._error(seen.error) if seen.error is not None else {"error_class": "other"}
-        pause = round(seen.retry_in_s * 1000, 1)
-        self._warn(
-            "call.retrying", seen.visit, seen.attempt, seen.error, call=seen.call, retry_in_ms=pause
-        )
+        where = self._where(seen.visit, seen.node_attempt or 1) if seen.visit else self._ids
         self._line(
             "call.retrying",
             {
                 "call": seen.call,
                 "attempt": seen.attempt,
                 **error,
-                "retry_in_ms": pause,
+                "retry_in_ms": round(seen.retry_in_s * 1000, 1),
                 "message_ids": list(made),
             },
-            self._where(seen.visit, seen.node_attempt or 1),
+            {**where, "span_id": span_id} if self._ids else where,
+            seen.error,
         )
 
     def _custom(self, custom: Custom) -> None:
@@ -446,7 +513,7 @@ class Feed:
         step, said = (self._root_step if nodes else 0), self._history.values_step
         # After a crash LangGraph tells states that the log has already.
         if said is None or (nodes and step > said):
-            self._line("values", {"values": values, "nodes": nodes}, {"step": step})
+            self._line("values", {"values": values, "nodes": nodes}, {"step": step, **self._ids})
 
     def _superstep_ended(self) -> None:
         """LangGraph says nothing of the state when a superstep did not change it."""
@@ -464,22 +531,6 @@ class Feed:
         self._wheres[visit.task] = (visit, attempt, where)
         return where
 
-    def _warn(
-        self, event: str, visit: Visit, attempt: int, error: BaseException | None, **more: Any
-    ) -> None:
-        """A retry as the log tells it; its message is for who is on call, not for the client."""
-        self._log.warning(
-            "Node retrying" if event == "node.retrying" else "Call retrying",
-            event_type=event,
-            node=visit.node,
-            attempt=attempt,
-            task=visit.task,
-            error_class=classify(error),
-            error_type=error_type(error) if error is not None else None,
-            error=error_text(error, 500) if error is not None else None,
-            **more,
-        )
-
     def _error(self, error: BaseException) -> dict[str, Any]:
         described = {"error_class": classify(error), "error_type": error_type(error)}
         if self._expose_errors:
@@ -487,11 +538,33 @@ class Feed:
         return described
 
     def _line(
-        self, type: str, data: Mapping[str, Any], where: Mapping[str, Any] | None = None
+        self,
+        type: str,
+        data: Mapping[str, Any],
+        where: Mapping[str, Any],
+        error: BaseException | None = None,
     ) -> None:
         if self._tokens:
             self._flush_tokens()
-        self._add(type, data, where)
+        if self._add(type, data, where) and type in _RECORDS:
+            self._record(type, data, where, error)
+
+    def _record(
+        self,
+        type: str,
+        data: Mapping[str, Any],
+        where: Mapping[str, Any],
+        error: BaseException | None,
+    ) -> None:
+        """The line's twin in the log; a message is for who is on call, not for the client."""
+        level, text = _RECORDS[type]
+        fields = {name: where[name] for name in _RECORD_IDS if name in where}
+        if "node" in where:
+            fields["node"] = "/".join((*where["ns"], where["node"]))
+        fields |= {name: data[name] for name in _RECORD_DATA if name in data}
+        if error is not None and (message := self._segment.message(error)) is not None:
+            fields["error"] = message
+        getattr(self._log, level)(text, event_type=type, **fields)
 
     def _flush_tokens(self) -> None:
         if self._token_timer is not None:
@@ -505,15 +578,19 @@ class Feed:
 
     def _add(
         self, type: str, data: Mapping[str, Any], where: Mapping[str, Any] | None = None
-    ) -> None:
+    ) -> bool:
         seq, ts = self._history.last_seq + 1, self._clock()
         if seq > self._limits.events or self._bytes > self._limits.log_bytes:
             self._fail(LogLimit(f"more than {self._limits.events} lines or too many bytes"))
-            return
+            return False
         event = self._sealer.seal(
             type, seq=seq, epoch=self._lease.epoch, ts=ts, data=data, where=where
         )
+        first_output = type in OUTPUT_TYPES and self._history.first_output_s is None
         self._history.add(type, seq, ts, data, where)
+        if first_output and (waited := self._history.first_output_s) is not None:
+            self._segment.first_output(waited)
+        self._segment.last_line = time.monotonic()
         self._bytes += event.size
         self._pending.append(event)
         self._unwritten += 1
@@ -523,11 +600,12 @@ class Feed:
             and type in ("custom", "token", "message")
         ):
             self._fail(LogLimit(f"more than {self._limits.unwritten} lines are not written yet"))
-            return
+            return True
         if not self._posted and not self._flush_due:
             self._flush_due = True
             # A checkpoint's write mostly comes first, and takes the lines with it.
             self._loop.call_later(FLUSH_S, self.flush)
+        return True
 
     def flush(self) -> None:
         """Post what is pending: what is posted later commits later."""
@@ -543,9 +621,12 @@ class Feed:
         self._posted[posted] = events
         posted.add_done_callback(self._written)
 
-    def before_checkpoint(self, progress: bool) -> None:
-        """A checkpoint is never durable before the lines of what it contains."""
-        self.progressed = self.progressed or progress
+    def before_checkpoint(self, checkpoint_id: str | None) -> None:
+        """A checkpoint is never durable before the lines of what it contains. The id is given for
+        a new one of the root graph."""
+        if checkpoint_id is not None:
+            self.progressed = True
+            self._segment.checkpoint_id = checkpoint_id
         self._flush_tokens()
         self.flush()
 
@@ -569,6 +650,7 @@ class Feed:
 
     def sweep(self) -> None:
         """End what is still open: nothing may be left unsaid before a terminal line."""
+        self._take_last()
         for ended in list(self._ended_here.values()):
             self._completed(ended, _Result(visit=ended.visit, cached=False))
         if self.draining:
@@ -594,8 +676,14 @@ class Feed:
 
     def close(self) -> None:
         """Take no more parts: what still comes is dropped and counted."""
+        self._take_last()
         self._flush_tokens()
         self._closed = True
+
+    def _take_last(self) -> None:
+        with self._crossing_lock:
+            self._shut = True
+        self._take_crossing()
 
     async def end(self, type: str, data: Mapping[str, Any]) -> None:
         """The last line of this epoch, committed. Raises LeaseLost or StorageFailed.
@@ -606,9 +694,9 @@ class Feed:
         if self._last is None:
             now, seq = self._clock(), self._history.last_seq + 1
             self._last = self._sealer.seal(
-                type, seq=seq, epoch=self._lease.epoch, ts=now, data=data
+                type, seq=seq, epoch=self._lease.epoch, ts=now, data=data, where=self._ids
             )
-            self._history.add(type, seq, now, data)
+            self._history.add(type, seq, now, data, self._ids)
         broken = self._broken
         if broken is not None and self._posted:
             await asyncio.wait(self._posted)
@@ -621,6 +709,14 @@ class Feed:
             if broken is None and isinstance(self._broken, StorageFailed):
                 raise self._broken from None
             raise
+
+
+class _Observed(NamedTuple):
+    """An observation with the spans that were begun for it."""
+
+    seen: Observation
+    span_id: str | None
+    node_span_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,12 @@ class TaskRecord:
     first_seq: int
     attempt_seq: int
     attempt: int
-    #: Unix seconds of that first line.
+    #: Unix seconds of those two lines.
     since: float
+    attempt_since: float
+    #: Hex ids of the node's span and of the latest attempt's; None without tracing.
+    node_span_id: str | None = None
+    span_id: str | None = None
     open: bool = True
     #: Whether its latest attempt failed and the next one has not started.
     retrying: bool = False
@@ -51,6 +55,12 @@ class History:
         self.tasks: dict[str, TaskRecord] = {}
         #: The superstep of the last `values` line that counts.
         self.values_step: int | None = None
+        #: Hex ids: of the trace, of the span that asked for the run, of the latest segment's.
+        self.trace_id: str | None = None
+        self.root_span_id: str | None = None
+        self.segment_span_id: str | None = None
+        #: When the latest segment began, in unix seconds.
+        self.segment_since = 0.0
         self._queued_at: float | None = None
         self._started_at: float | None = None
         self._first_output_at: float | None = None
@@ -82,7 +92,8 @@ class History:
         data: Mapping[str, Any],
         where: Mapping[str, Any] | None = None,
     ) -> None:
-        """Fold one line; `where` has node, ns, path, task, attempt, step of a node's line."""
+        """Fold one line; `where` has node, ns, path, task, attempt, step of a node's line, and the
+        ids of its span."""
         self.last_seq = seq
         if self._last_at is not None:
             self._max_gap = max(self._max_gap, ts - self._last_at)
@@ -91,7 +102,7 @@ class History:
             self._first_output_at = ts
         if type == "node.started":
             assert where is not None
-            self._started(seq, ts, where)
+            self._started(seq, ts, where, data)
         elif type == "node.retrying":
             assert where is not None
             self._retries += 1
@@ -114,18 +125,30 @@ class History:
             self.values_step = where["step"]
         elif type == "run.queued":
             self._queued_at = ts
+            if where is not None:
+                self.trace_id, self.root_span_id = where.get("trace_id"), where.get("span_id")
         elif type == "run.started":
             self._started_at = ts
+            self._segment_began(ts, where)
         elif type == "run.recovered":
             self._recovered(data)
+            self._segment_began(ts, where)
 
-    def _started(self, seq: int, ts: float, where: Mapping[str, Any]) -> None:
+    def _segment_began(self, ts: float, where: Mapping[str, Any] | None) -> None:
+        self.segment_since = ts
+        if where is not None:
+            self.trace_id, self.segment_span_id = where.get("trace_id"), where.get("span_id")
+
+    def _started(
+        self, seq: int, ts: float, where: Mapping[str, Any], data: Mapping[str, Any]
+    ) -> None:
         self._attempts += 1
         task = where["task"]
         self._wake(task, ts)
         record = self.tasks.get(task)
         if record is not None and record.open:
             record.attempt, record.attempt_seq = where["attempt"], seq
+            record.attempt_since, record.span_id = ts, where.get("span_id")
             record.retrying = False
             return
         self.tasks[task] = TaskRecord(
@@ -138,6 +161,9 @@ class History:
             attempt_seq=seq,
             attempt=where["attempt"],
             since=ts,
+            attempt_since=ts,
+            node_span_id=data.get("node_span_id"),
+            span_id=where.get("span_id"),
         )
 
     def _ended(self, seq: int, ts: float, where: Mapping[str, Any]) -> None:
@@ -156,6 +182,7 @@ class History:
                 attempt_seq=seq,
                 attempt=0,
                 since=ts,
+                attempt_since=ts,
                 open=False,
             )
 
@@ -170,6 +197,13 @@ class History:
             # A superstep that is repeated says its values again.
             if record is not None and not record.path and self.values_step is not None:
                 self.values_step = max(0, min(self.values_step, record.step - 1))
+
+    @property
+    def first_output_s(self) -> float | None:
+        """Seconds from `run.queued` to the first line that a client waits for; None before it."""
+        if self._first_output_at is None or self._queued_at is None:
+            return None
+        return max(0.0, self._first_output_at - self._queued_at)
 
     def superseded_from(self, task: str) -> int:
         """The first seq of what a retry of a task repeats: its attempt, and what was kept of its

@@ -25,11 +25,18 @@ from runtime.graphs import LoadedGraph
 from runtime.model import Lease, Run
 from runtime.settings import Settings
 from telemetry.contract import classify, error_text, error_type
+from telemetry.segments import Segment
 
 __all__ = ["Outcome", "Runner", "Stop", "mend_langgraph"]
 
 StopKind = Literal["cancel", "deadline", "drain", "lost", "limit", "storage", "internal"]
 
+#: What telemetry says of a stop; a client's own words are for the line.
+_CANCEL_REASONS: Mapping[StopKind, str] = {
+    "cancel": "api",
+    "deadline": "deadline",
+    "drain": "shutdown",
+}
 #: Keys of a client's config that are ours or LangGraph's to set.
 RESERVED = ("__", "checkpoint_", "thread_id", "run_id", "sereno_")
 
@@ -73,12 +80,15 @@ class Runner:
         run: Run,
         lease: Lease,
         history: History,
+        segment: Segment,
         feed: Feed,
         deadline_in: float | None,
     ) -> None:
         self.run = run
         self.lease = lease
         self.feed = feed
+        self.segment = segment
+        segment.lines = feed.observe
         self._engine = engine
         self._settings = settings
         self._graph = graph
@@ -93,13 +103,14 @@ class Runner:
         self._output: Any = None
         self._next: Sequence[str] = ()
         self._log = structlog.get_logger("runtime").bind(
-            run_id=run.run_id, thread_id=run.thread_id, graph=run.graph
+            **segment.line_ids, run_id=run.run_id, thread_id=run.thread_id, graph=run.graph
         )
 
     def stop(self, stop: Stop) -> None:
         """Ask the run to end; the first reason counts. For the event loop only."""
         if not self._stop.done():
             self._stop.set_result(stop)
+            self.segment.stopping = _CANCEL_REASONS.get(stop.kind)
 
     async def execute(self) -> Outcome | None:
         """Run to the end of this epoch. None when the lease was lost: another one writes."""
@@ -285,15 +296,15 @@ class Runner:
             described |= {"node": node.visit.node, "task": node.visit.task}
         if self._settings.expose_errors:
             described["detail"] = error_text(error)
-        self._log.warning(
-            "Run failing",
-            code=code,
-            node=described.get("node"),
-            task=described.get("task"),
-            error_class=described["error_class"],
-            error_type=described["error_type"],
-            exc_info=error,
-        )
+        if node is None:  # else its attempt has told of it
+            shown = self.segment.message(error) is not None
+            self._log.warning(
+                "Run failing",
+                code=code,
+                error_class=described["error_class"],
+                error_type=described["error_type"],
+                exc_info=error if shown else None,
+            )
         return Outcome("run.failed", {"status": "error", "error": described})
 
     def _stopped(self, stop: Stop) -> Outcome | None:

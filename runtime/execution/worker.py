@@ -13,11 +13,12 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import structlog
+from opentelemetry.trace import Link, SpanContext
 
 from runtime.engines.base import Checkpointed, Engine
 from runtime.errors import (
@@ -39,32 +40,17 @@ from runtime.settings import Settings
 from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
 from telemetry.langgraph import current_attempt
+from telemetry.metrics import Metrics
+from telemetry.observations import Visit
+from telemetry.segments import Lost, LostNode, Segment, Segments, current_segment
+from telemetry.tracing import Tracing, ids_of, read_traceparent
 
-__all__ = ["NodeExecutor", "Observer", "Worker"]
-
-#: (run id, thread id) of the run that the current code belongs to.
-current_run: ContextVar[tuple[str, str] | None] = ContextVar("sereno_run", default=None)
+__all__ = ["NodeExecutor", "Worker"]
 
 #: A run that crashed this often runs alone; a crash while alone fails it.
 SUSPECT = 2
 #: Seconds between looks for runs that nobody has announced.
 SWEEP_S = 1.0
-
-
-class Observer:
-    """What others may want to know of a worker's runs; does nothing."""
-
-    def queued(self, run: NewRun, trigger: str) -> None:
-        """A run was committed."""
-
-    def claimed(self, run: Run) -> None:
-        """A run begins to execute here."""
-
-    def released(self, run: Run) -> None:
-        """It executes here no more."""
-
-    def ended(self, run: Run, outcome: Outcome) -> None:
-        """A run's last line of an epoch is committed."""
 
 
 class Worker:
@@ -78,7 +64,7 @@ class Worker:
         *,
         encoder: JsonEncoder | None = None,
         clock: Callable[[], float] = time.time,
-        observer: Observer | None = None,
+        segments: Segments | None = None,
     ) -> None:
         self.owner = uuid.uuid4().hex
         self.encoder = encoder or JsonEncoder()
@@ -89,7 +75,8 @@ class Worker:
         self._graphs = graphs
         self._settings = settings
         self._clock = clock
-        self._observer = observer or Observer()
+        self._segments = segments or Segments(Metrics(), Tracing())
+        self._rejected = self._segments.metrics["runs_rejected_total"]
         self._log = structlog.get_logger("runtime")
         self._runners: dict[str, Runner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,22 +121,35 @@ class Worker:
         Raises Draining, QueueFull, ThreadHeld, ThreadBusy, StorageFailed.
         """
         if self.draining:
+            self._rejected.inc(new.graph, "draining")
             raise Draining()
         if len(self._announced) >= self._settings.queue_max:
+            self._rejected.inc(new.graph, "queue_full")
             raise QueueFull(self._settings.queue_max)
         if (held := self.held(new.thread_id)) is not None:
             raise ThreadHeld(new.thread_id, *held)
         sealer = Sealer(new.run_id, new.thread_id, self.encoder, line_max=self._settings.line_max)
-        queued = sealer.seal("run.queued", seq=1, epoch=0, ts=self._clock(), data=queued_data)
-        run = await self._engine.submit(new, queued)
+        asked = ids_of(read_traceparent(new.request.get("traceparent")))
+        ids = {"trace_id": asked[0], "span_id": asked[1]} if asked is not None else {}
+        queued = sealer.seal(
+            "run.queued", seq=1, epoch=0, ts=self._clock(), data=queued_data, where=ids
+        )
+        try:
+            run = await self._engine.submit(new, queued)
+        except StorageFailed:
+            self._rejected.inc(new.graph, "storage")
+            raise
+        trigger = str(queued_data.get("trigger", "api"))
         self._log.info(
             "Run queued",
             event_type="run.queued",
+            **ids,
             run_id=run.run_id,
             thread_id=run.thread_id,
             graph=run.graph,
+            trigger=trigger,
         )
-        self._observer.queued(new, str(queued_data.get("trigger", "api")))
+        self._segments.queued(run.graph, trigger)
         self._announced[run.run_id] = run
         self._wake.set()
         return run
@@ -194,7 +194,22 @@ class Worker:
     @property
     def abandoned(self) -> int:
         """Sync nodes of ended runs that are still running in their threads."""
-        return self._executor.abandoned + len(self._swallowers)
+        return self._executor.abandoned() + len(self._swallowers)
+
+    def watch(self, metrics: Metrics) -> None:
+        """Have the gauges of slots, threads and runs read at scrape time."""
+        self._executor.watch(metrics)
+        metrics["slots"].watch(lambda: len(self._runners), "busy")
+        metrics["slots"].watch(lambda: self._settings.slots - len(self._runners), "free")
+        for graph in self._graphs.names():
+            metrics["runs_detached"].watch(partial(self._detached, graph), graph)
+            metrics["nodes_abandoned"].watch(partial(self._executor.abandoned, graph), graph)
+
+    def _detached(self, graph: str) -> int:
+        """Runs that go on without a reader."""
+        watched = self._engine.tails.watched
+        runs = [runner.run for runner in list(self._runners.values())]
+        return sum(run.graph == graph and not watched(run.run_id) for run in runs)
 
     # Claiming.
 
@@ -269,8 +284,7 @@ class Worker:
         finally:
             self._claiming.discard(run.run_id)
             self._cancelled_early.pop(run.run_id, None)
-            if self._runners.pop(run.run_id, None) is not None:
-                self._observer.released(run)
+            self._runners.pop(run.run_id, None)
             if self._solo == run.run_id:
                 self._solo = None
             self._wake.set()
@@ -291,46 +305,59 @@ class Worker:
         if graph is None:
             return
         claim = await self._prepare(run, graph)
-        lease = await self._engine.claim(
-            run,
-            claim.event,
-            owner=self.owner,
-            lease_s=self._settings.lease_s,
-            crashed=_crashed(run),
-            forget=claim.anew,
-        )
+        segment = claim.segment
+        try:
+            lease = await self._engine.claim(
+                run,
+                claim.event,
+                owner=self.owner,
+                lease_s=self._settings.lease_s,
+                crashed=_crashed(run),
+                forget=claim.anew,
+            )
+            self._claimed(run, claim)
+            runner = self._runner(run, lease, graph, claim, remaining)
+            try:
+                outcome = await self._drive(run, runner)
+            except (LeaseLost, StorageFailed):
+                raise
+            except Exception as exc:
+                self._log.exception("Run failed inside Sereno", run_id=run.run_id)
+                outcome = await self._end_broken(runner, claim, exc)
+        except BaseException:
+            segment.discard()
+            raise
+        if outcome is None:
+            segment.discard()
+        else:
+            self._tell(run, outcome, segment, claim.history)
+
+    def _claimed(self, run: Run, claim: _Claim) -> None:
+        segment, first = claim.segment, run.epoch == 0
         self._log.info(
-            "Run started" if run.epoch == 0 else "Run recovered",
+            "Run started" if first else "Run recovered",
             event_type=claim.event.type,
+            **segment.line_ids,
             run_id=run.run_id,
             thread_id=run.thread_id,
             graph=run.graph,
-            epoch=lease.epoch,
+            epoch=segment.epoch,
         )
-        runner = self._runner(run, lease, graph, claim, remaining)
-        try:
-            outcome = await self._drive(run, runner)
-        except (LeaseLost, StorageFailed):
-            raise
-        except Exception as exc:
-            self._log.exception("Run failed inside Sereno", run_id=run.run_id)
-            outcome = await self._end_broken(runner, claim, exc)
-        if outcome is not None:
-            self._tell(run, outcome)
+        segment.claimed(waited_s=claim.event.ts - run.created_at if first else None)
+        if _crashed(run):
+            segment.follows(claim.lost, recovered=True)
 
     async def _drive(self, run: Run, runner: Runner) -> Outcome | None:
         self._runners[run.run_id] = runner
-        self._observer.claimed(run)
         self._claiming.discard(run.run_id)
         if (reason := self._cancelled_early.pop(run.run_id, None)) is not None:
             runner.stop(Stop("cancel", reason))
         if self.draining:
             runner.stop(Stop("drain"))
-        token = current_run.set((run.run_id, run.thread_id))
         try:
-            return await runner.execute()
+            with runner.segment.entered():
+                return await runner.execute()
         finally:
-            current_run.reset(token)
             self._executor.abandon(run.run_id)
             self._abandon(run, runner)
 
@@ -344,7 +371,8 @@ class Worker:
 
     def _abandon(self, run: Run, runner: Runner) -> None:
         """A coroutine that swallows its cancellation holds its thread until it returns."""
-        self.fenced_events += runner.feed.dropped
+        self.fenced_events += (dropped := runner.feed.dropped)
+        self._segments.metrics["fenced_writes_total"].inc("event", by=dropped)
         drive = runner.drive
         if drive is None or drive.done():
             return
@@ -389,6 +417,7 @@ class Worker:
         """The first line of the next epoch, from what log and checkpoints say."""
         sealer = Sealer.of(run, self.encoder, line_max=self._settings.line_max)
         now = self._clock()
+        lost = None
         if run.epoch == 0:
             history, anew = History(), set()
             history.add("run.queued", 1, run.created_at, {})
@@ -399,15 +428,41 @@ class Worker:
             history = History.read(await self._log_of(run))
             type = "run.recovered"
             held = await self._engine.checkpointed(run.thread_id)
+            lost = _lost(run, history)
             anew = begun_anew(history, held)
             data = _recovery(run, history, held)
             changed = run.graph_digest != graph.digest
         if changed:
             data["graph_changed"] = True
-        seq = run.last_seq + 1
-        event = sealer.seal(type, seq=seq, epoch=run.epoch + 1, ts=now, data=data)
-        history.add(type, seq, now, data)
-        return _Claim(event=event, sealer=sealer, history=history, anew=anew)
+        segment = self._segment(run, run.epoch + 1, history, now, graph.digest)
+        ids, seq = segment.line_ids, run.last_seq + 1
+        event = sealer.seal(type, seq=seq, epoch=run.epoch + 1, ts=now, data=data, where=ids)
+        history.add(type, seq, now, data, ids)
+        return _Claim(
+            event=event, sealer=sealer, history=history, anew=anew, segment=segment, lost=lost
+        )
+
+    def _segment(
+        self, run: Run, epoch: int, history: History, now: float, version: str = ""
+    ) -> Segment:
+        """The run's next segment: in the trace of the request that asked for the run."""
+        links = []
+        if (before := _context(history.trace_id, history.segment_span_id)) is not None:
+            links.append(Link(before, {"sereno.link.kind": "previous_segment"}))
+        if (resumed := read_traceparent(run.request.get("resume_of"))) is not None:
+            links.append(Link(resumed, {"sereno.link.kind": "resume_of"}))
+        return self._segments.begin(
+            run_id=run.run_id,
+            thread_id=run.thread_id,
+            graph=run.graph,
+            epoch=epoch,
+            trigger=run.request.get("trigger", "api") if run.epoch == 0 else "recovery",
+            version=version,
+            parent=read_traceparent(run.request.get("traceparent")),
+            trace_id=int(history.trace_id, 16) if history.trace_id else None,
+            links=links,
+            start=now,
+        )
 
     async def _log_of(self, run: Run) -> list[Any]:
         lines: list[Any] = []
@@ -429,6 +484,7 @@ class Worker:
             sealer=claim.sealer,
             encoder=self.encoder,
             history=claim.history,
+            segment=claim.segment,
             modes=frozenset(run.modes),
             limits=Limits(
                 events=self._settings.run_max_events,
@@ -447,6 +503,7 @@ class Worker:
             run=run,
             lease=lease,
             history=claim.history,
+            segment=claim.segment,
             feed=feed,
             deadline_in=remaining,
         )
@@ -458,29 +515,49 @@ class Worker:
         self._missing.pop(run.run_id, None)
         history = History.read(await self._log_of(run))
         now = self._clock()
+        lost = _lost(run, history)
         data = {"final": True, **outcome.data, **history.statistics(now)}
+        segment = self._segment(run, run.epoch, history, now)
+        segment.stopping = "api" if run.cancel_reason is not None else None
         sealer = Sealer.of(run, self.encoder, line_max=self._settings.line_max)
-        event = sealer.seal(outcome.type, seq=run.last_seq + 1, epoch=run.epoch, ts=now, data=data)
+        event = sealer.seal(
+            outcome.type,
+            seq=run.last_seq + 1,
+            epoch=run.epoch,
+            ts=now,
+            data=data,
+            where=segment.line_ids,
+        )
         try:
             ended = await self._engine.append_unclaimed(run, [event])
         except LeaseLost:
+            segment.discard()
             return await self._engine.get(run.run_id)
-        self._tell(ended, Outcome(outcome.type, data))
+        except BaseException:
+            segment.discard()
+            raise
+        if _crashed(run):
+            segment.follows(lost, recovered=False)
+        self._tell(ended, Outcome(outcome.type, data), segment, history)
         return ended
 
-    def _tell(self, run: Run, outcome: Outcome) -> None:
+    def _tell(self, run: Run, outcome: Outcome, segment: Segment, history: History) -> None:
         data = outcome.data
-        log = self._log.info if data.get("status") != "error" else self._log.warning
+        error = data.get("error") or {}
+        bad = data.get("status") in ("error", "timeout")
+        log = self._log.warning if bad else self._log.info
         log(
             "Run ended" if outcome.type != "run.requeued" else "Run requeued",
             event_type=outcome.type,
+            **segment.line_ids,
             run_id=run.run_id,
             thread_id=run.thread_id,
             graph=run.graph,
             status=data.get("status", "pending"),
             duration_ms=data.get("duration_ms"),
+            **{name: error[name] for name in _ERROR_FIELDS if name in error},
         )
-        self._observer.ended(run, outcome)
+        segment.end(data, had_output=history.first_output_s is not None)
 
     # Leases.
 
@@ -515,6 +592,9 @@ class _Claim:
     history: History
     #: Tasks whose subgraphs' checkpoints are discarded.
     anew: Collection[str]
+    segment: Segment
+    #: The segment before, when its process died.
+    lost: Lost | None
 
 
 class NodeExited(RuntimeError):
@@ -524,7 +604,7 @@ class NodeExited(RuntimeError):
 def _task(loop: Any, coro: Any, **more: Any) -> asyncio.Task[Any]:
     """No task of a run may end the loop: asyncio lets SystemExit and KeyboardInterrupt out."""
     context = more.get("context")
-    run = current_run.get() if context is None else context.get(current_run)
+    run = current_segment.get() if context is None else context.get(current_segment)
     return asyncio.Task(coro if run is None else _KeptIn(coro), loop=loop, **more)
 
 
@@ -558,40 +638,50 @@ class NodeExecutor(ThreadPoolExecutor):
 
     def __init__(self, threads: int) -> None:
         super().__init__(max_workers=threads, thread_name_prefix="sereno-node")
-        self._running: dict[Future[Any], tuple[str, str, str]] = {}
+        #: Whose function a future is, and its node.
+        self._running: dict[Future[Any], tuple[Segment, str]] = {}
         self._ended: set[str] = set()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = super().submit(fn, *args, **kwargs)
-        owner, attempt = current_run.get(), current_attempt.get()
+        owner, attempt = current_segment.get(), current_attempt.get()
         if owner is not None and attempt is not None:
-            self._running[future] = (*owner, attempt.visit.node)
+            self._running[future] = (owner, attempt.visit.node)
             future.add_done_callback(self._forget)
         return future
 
     def _forget(self, future: Future[Any]) -> None:
-        run_id = self._running.pop(future, ("", "", ""))[0]
-        if all(owner[0] != run_id for owner in list(self._running.values())):
+        run_id = self._running.pop(future)[0].run_id
+        if all(owner.run_id != run_id for owner, _ in list(self._running.values())):
             self._ended.discard(run_id)
 
     def abandon(self, run_id: str) -> None:
         """The run has ended; what it left behind holds its thread until it returns."""
-        if any(owner[0] == run_id for owner in list(self._running.values())):
+        if any(owner.run_id == run_id for owner, _ in list(self._running.values())):
             self._ended.add(run_id)
 
     def holder(self, thread_id: str) -> tuple[str, str] | None:
         """(run id, node) of an ended run whose function still runs on the thread."""
-        for run_id, thread, node in list(self._running.values()):
-            if thread == thread_id and run_id in self._ended:
-                return run_id, node
+        for owner, node in list(self._running.values()):
+            if owner.thread_id == thread_id and owner.run_id in self._ended:
+                return owner.run_id, node
         return None
 
-    @property
-    def abandoned(self) -> int:
-        """Functions of ended runs that still run."""
-        return sum(owner[0] in self._ended for owner in list(self._running.values()))
+    def abandoned(self, graph: str | None = None) -> int:
+        """Functions of ended runs that still run, of one graph or of all."""
+        return sum(
+            owner.run_id in self._ended and graph in (None, owner.graph)
+            for owner, _ in list(self._running.values())
+        )
+
+    def watch(self, metrics: Metrics) -> None:
+        """Have its gauges read at scrape time."""
+        metrics["executor_threads"].watch(lambda: len(self._threads))
+        metrics["executor_queue"].watch(self._work_queue.qsize)
 
 
+#: What the record of a run's end says of its error.
+_ERROR_FIELDS = ("code", "node", "task", "error_class", "error_type")
 _DEADLINE = Outcome(
     "run.timed_out",
     {
@@ -627,6 +717,49 @@ def _recovery(run: Run, history: History, held: Checkpointed) -> dict[str, Any]:
         ],
         "discard_from": min((record.first_seq for record in lost), default=history.last_seq + 1),
     }
+
+
+def _lost(run: Run, history: History) -> Lost | None:
+    """The spans that the run's last holder could not end; its claim is the log's last one."""
+    context = _context(history.trace_id, history.segment_span_id)
+    if context is None or not _crashed(run):
+        return None
+    nodes = []
+    for record in history.tasks.values():
+        span = _context(history.trace_id, record.node_span_id)
+        if span is None or not record.open or record.attempt_since < history.segment_since:
+            continue
+        caller = history.tasks.get(record.path[-1]) if record.path else None
+        nodes.append(
+            LostNode(
+                visit=Visit(
+                    task=record.task,
+                    node=record.node,
+                    ns=tuple(record.ns),
+                    path=tuple(record.path),
+                    step=record.step,
+                ),
+                span=span,
+                parent=_context(history.trace_id, caller.span_id) if caller is not None else None,
+                since=record.since,
+                attempt=record.attempt,
+                attempt_span=None
+                if record.retrying
+                else _context(history.trace_id, record.span_id),
+                attempt_since=record.attempt_since,
+            )
+        )
+    return Lost(
+        context=context,
+        parent=_context(history.trace_id, history.root_span_id),
+        since=history.segment_since,
+        until=run.lease_until or history.segment_since,
+        nodes=nodes,
+    )
+
+
+def _context(trace_id: str | None, span_id: str | None) -> SpanContext | None:
+    return read_traceparent(f"00-{trace_id}-{span_id}-01") if trace_id and span_id else None
 
 
 def _crashed(run: Run) -> bool:

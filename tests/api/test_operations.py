@@ -170,6 +170,7 @@ async def test_metrics_move_with_runs(server: Server, gates: Stage) -> None:
         'sereno_runs_finished_total{graph="asks",outcome="interrupted"}': 1,
         'sereno_runs_finished_total{graph="asks",outcome="success"}': 1,
         'sereno_runs_active{graph="gated"}': 1,
+        'sereno_runs_detached{graph="gated"}': 1,
     }
     assert before.keys() == after.keys()
 
@@ -215,7 +216,7 @@ async def test_a_server_that_others_can_reach_needs_to_be_insecure(serve: Servin
 
 
 @pytest.mark.parametrize(
-    "path", ["/nope", "/v1", "/v1/runs/x/trace", "/v1/graphs/free/drawing", "/docs", "/redoc"]
+    "path", ["/nope", "/v1", "/v1/runs/x/traces", "/v1/graphs/free/drawing", "/docs", "/redoc"]
 )
 async def test_what_is_not_there_is_a_problem(server: Server, path: str) -> None:
     told = problem(await server.get(path), 404, "not_found")

@@ -49,6 +49,8 @@ async def test_a_streamed_start_sends_headers_and_the_first_line_before_the_grap
 
     assert stream.status == 200
     assert stream.headers == {
+        "x-trace-id": queued["trace_id"],
+        "traceresponse": f"00-{queued['trace_id']}-{queued['span_id']}-01",
         "content-type": "application/x-ndjson; charset=utf-8",
         "x-accel-buffering": "no",
         "cache-control": "no-store, no-transform",

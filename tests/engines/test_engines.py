@@ -15,11 +15,19 @@ from pydantic import BaseModel
 
 from runtime import engines
 from runtime.engines import base
-from runtime.engines.base import Engine, Tails, check_claim, check_submit, follow
+from runtime.engines.base import (
+    Engine,
+    Statistics,
+    Tails,
+    Waiting,
+    check_claim,
+    check_submit,
+    follow,
+)
 from runtime.engines.serde import StateTypeBlocked, StrictSerializer
 from runtime.errors import BadSetting, LeaseLost, StorageFailed, ThreadBusy, UnknownRun
 from runtime.events import STATUS, TERMINAL_TYPES
-from runtime.model import RunQuery, RunStatus, Statistics
+from runtime.model import RunQuery, RunStatus
 
 
 def test_an_unknown_scheme_names_the_known_ones() -> None:
@@ -130,8 +138,44 @@ class TestSearch:
 
         assert seen == ["r4", "r3", "r2", "r1", "r0"]
 
-    async def test_statistics_count_runs_by_what_they_do(self, five: Engine) -> None:
-        assert await five.statistics() == Statistics(pending=3, running=1, ended=1)
+    async def test_statistics_tell_how_many_wait_and_how_long(self, five: Engine) -> None:
+        assert await five.statistics() == Statistics(pending=3, oldest_pending_s=13.0)
+
+    async def test_of_an_empty_store_they_say_nothing_is_old(self, engine: Engine) -> None:
+        assert await engine.statistics() == Statistics(pending=0)
+
+    async def test_a_place_in_the_queue_counts_the_older_ones(self, five: Engine) -> None:
+        places = [await five.position(await five.get(f"r{n}")) for n in range(5)]
+
+        assert places == [0, 1, 1, 1, 2]  # r1 runs, r2 has ended
+
+    async def test_statistics_tell_who_waits_for_a_human(
+        self, engine: Engine, clock: Clock
+    ) -> None:
+        async def interrupt(run_id: str, thread_id: str, graph: str) -> None:
+            lease = await claim(engine, await submitted(engine, run_id, thread_id, graph=graph))
+            await engine.append(lease, [line(3), line(4, "run.interrupted")])
+            clock.pass_by(10)
+
+        await interrupt("r1", "t1", "a")
+        await interrupt("r2", "t2", "a")
+        await interrupt("r3", "t3", "b")
+        waiting = (await engine.statistics()).waiting
+        assert waiting == {"a": Waiting(runs=2, oldest_s=30), "b": Waiting(runs=1, oldest_s=10)}
+
+        await submitted(engine, "r4", "t1", graph="a")  # answered, though not executed yet
+        waiting = (await engine.statistics()).waiting
+        assert waiting == {"a": Waiting(runs=1, oldest_s=20), "b": Waiting(runs=1, oldest_s=10)}
+
+        lease = await claim(engine, "r4")
+        await engine.append(lease, [line(3, "run.interrupted")])  # and asks once more
+        assert (await engine.statistics()).waiting["a"] == Waiting(runs=2, oldest_s=20)
+
+        await interrupt("r5", "t2", "a")
+        assert (await engine.statistics()).waiting["a"] == Waiting(runs=2, oldest_s=10)
+        run = await submitted(engine, "r6", "t3", graph="b")
+        await engine.append_unclaimed(run, [line(2, "run.cancelled", epoch=0)])
+        assert set((await engine.statistics()).waiting) == {"a"}
 
     async def test_claimable_is_what_nobody_may_write_for_oldest_first(
         self, five: Engine, clock: Clock
@@ -867,14 +911,14 @@ class TestCheckpointer:
 
     async def test_before_write_comes_before_each_write(self, engine: Engine) -> None:
         lease = await claimed(engine)
-        calls: list[bool] = []
+        calls: list[str | None] = []
         saver = engine.checkpointer(lease, before_write=calls.append)
         place = await kit.put(saver, "c1")
         await saver.aput_writes(place, [("n", 1)], "task")
         await kit.put(saver, "c1", ns="inner:1")
         await saver.aget_tuple(place)
 
-        assert calls == [True, False, False]
+        assert calls == ["c1", None, None]
 
     async def test_lines_posted_by_before_write_go_first(self, bench: Bench) -> None:
         """Killed at any instant, a checkpoint is never there without the lines of what it holds."""
@@ -882,7 +926,7 @@ class TestCheckpointer:
         lease = await claimed(engine)
         posted: list[asyncio.Future[None]] = []
 
-        def post(progress: bool) -> None:
+        def post(checkpoint_id: str | None) -> None:
             posted.append(engine.append(lease, [line(3 + len(posted))]))
 
         saver = engine.checkpointer(lease, before_write=post)
@@ -893,13 +937,15 @@ class TestCheckpointer:
 
     async def test_a_graph_tells_progress_for_the_root_only(self, engine: Engine) -> None:
         lease = await claimed(engine)
-        calls: list[bool] = []
+        calls: list[str | None] = []
         saver = engine.checkpointer(lease, before_write=calls.append)
         await kit.graph_of().ainvoke({"seen": []}, kit.config_of(saver, lease))
         history = [item async for item in engine.checkpointer(None).alist(_thread(ns=""))]
 
-        assert calls.count(True) == len(history) == 5
-        assert calls.count(False) > 5
+        told = [checkpoint_id for checkpoint_id in calls if checkpoint_id is not None]
+        assert told[::-1] == [item.checkpoint["id"] for item in history]
+        assert len(told) == 5
+        assert calls.count(None) > 5
 
     async def test_a_saver_without_a_lease_only_reads(self, engine: Engine) -> None:
         lease = await claimed(engine)
@@ -936,7 +982,7 @@ class TestCheckpointer:
         outer.add_node("call", lambda state: compiled.invoke(state))
         outer.add_edge(kit.START, "call")
 
-        def before_write(progress: bool) -> None:
+        def before_write(checkpoint_id: str | None) -> None:
             threads.append(threading.get_ident())
 
         saver = engine.checkpointer(lease, before_write=before_write)

@@ -16,12 +16,20 @@ import engine_kit as kit
 import pytest
 from engine_kit import LEASE_S, Clock, claim, claimed, line, log_of, submitted
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import use_span
+from structlog.testing import capture_logs
 
+from runtime.engines.base import Waiting
 from runtime.engines.sqlite import engine as sqlite_engine
 from runtime.engines.sqlite import writer as sqlite_writer
 from runtime.engines.sqlite.engine import SqliteEngine
 from runtime.errors import BadSetting, EngineLocked, LeaseLost, StorageFailed, ThreadBusy
 from runtime.model import RunStatus
+from telemetry.metrics import Metrics
+from telemetry.storage import StorageTelemetry
+from telemetry.tracing import Tracing
 
 
 @pytest.fixture
@@ -90,6 +98,57 @@ class TestLock:
                 await opening
 
             assert len(os.listdir("/proc/self/fd")) == before
+
+    async def test_a_lock_whose_file_was_removed_is_taken_again(self, url: str, path: Path) -> None:
+        lock = path.with_name("sereno.db.lock")
+        async with SqliteEngine(url) as engine:
+            lock.unlink()
+            assert await engine.writable()
+            with pytest.raises(EngineLocked, match=str(os.getpid())):
+                await SqliteEngine(url).__aenter__()
+            assert await engine.writable()
+
+        async with SqliteEngine(url):
+            pass
+
+    async def test_who_waits_is_not_let_in_by_the_loss_of_the_name(
+        self, url: str, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looks: asyncio.Queue[int] = asyncio.Queue()
+        loop, plain = asyncio.get_running_loop(), sqlite_engine._locked
+
+        def locked(file: int) -> bool:
+            loop.call_soon_threadsafe(looks.put_nowait, file)
+            return plain(file)
+
+        async def looked() -> None:
+            for _ in range(4):
+                await looks.get()
+
+        monkeypatch.setattr(sqlite_engine, "_locked", locked)
+        async with SqliteEngine(url) as engine:
+            opening = asyncio.ensure_future(SqliteEngine(url, wait_lock=True).__aenter__())
+            await looked()
+            path.with_name("sereno.db.lock").unlink()
+            await looked()
+            assert not opening.done()
+            assert await engine.writable()
+            await looked()
+            assert not opening.done()
+
+        await (await asyncio.wait_for(opening, 10)).__aexit__(None, None, None)
+        assert path.with_name("sereno.db.lock").read_text() == f"{os.getpid()}\n"
+
+    async def test_who_lost_the_store_to_another_says_so(self, url: str, path: Path) -> None:
+        async with SqliteEngine(url) as engine:
+            path.with_name("sereno.db.lock").unlink()
+            async with SqliteEngine(url):
+                with capture_logs() as records:
+                    assert not await engine.writable()
+                    assert not await engine.writable()
+
+        assert [record["event"] for record in records] == ["Store cannot be written"]
+        assert "has taken this store" in records[0]["error"]
 
     async def test_a_failed_opening_lets_go(self, url: str, path: Path) -> None:
         await asyncio.to_thread(path.write_bytes, b"this is not a database" * 100)
@@ -408,6 +467,34 @@ class TestStorage:
 
         assert [type(result) for result in done] == [type(None), StorageFailed, type(None)]
 
+    @pytest.mark.parametrize("replaced", [False, True])
+    async def test_a_file_that_nobody_will_find_is_not_writable(
+        self, engine: SqliteEngine, path: Path, replaced: bool
+    ) -> None:
+        """What is written to it ends with the process."""
+        os.rename(path, path.with_name("moved.db"))
+        if replaced:
+            os.mknod(path)
+
+        with capture_logs() as records:
+            assert not await engine.writable()
+        assert ("replaced" if replaced else "No such file") in records[0]["error"]
+
+        os.replace(path.with_name("moved.db"), path)
+        assert await engine.writable()
+
+    async def test_where_only_a_small_write_fits_it_is_not_writable(
+        self, engine: SqliteEngine
+    ) -> None:
+        (pages,) = await pragma(engine, "page_count")
+        await pragma(engine, f"max_page_count={pages + 2}")
+
+        assert not await engine.writable()
+        assert (await submitted(engine)).last_seq == 1
+
+        await pragma(engine, f"max_page_count={pages + 20}")
+        assert await engine.writable()
+
     async def test_a_store_that_is_read_only_takes_nothing(self, engine: SqliteEngine) -> None:
         await submitted(engine)
         await _outside(engine, lambda db: db.execute("PRAGMA query_only=ON"))
@@ -539,6 +626,119 @@ class TestClosed:
         asyncio.run(engine._writer.close())
         assert count == (3,)
         assert not engine._writer.is_alive()
+
+
+class TestStatistics:
+    async def test_they_cost_nothing_of_what_has_ended(self, url: str, path: Path) -> None:
+        """However many runs have ended, only indices of open and waiting ones are read."""
+        read: list[str] = []
+        async with SqliteEngine(url) as engine:
+            run = await submitted(engine)
+            await engine._reader.set_trace_callback(read.append)
+            await engine.statistics()
+            await engine.position(run)
+            await engine._reader.set_trace_callback(None)  # type: ignore[arg-type]
+            plans = [await engine._fetch(f"EXPLAIN QUERY PLAN {asked}", ()) for asked in read]
+
+        steps = [row[3] for plan in plans for row in plan]
+        assert [step for step in steps if " runs" in step or " waiting" in step] == [
+            "SEARCH runs USING COVERING INDEX runs_pending (status=?)",
+            "SCAN waiting USING COVERING INDEX waiting_since",
+            "SEARCH runs USING COVERING INDEX runs_pending "
+            "(status=? AND (created_at,run_id)<(?,?))",
+        ]
+
+    async def test_a_file_from_before_them_tells_who_waits(self, url: str, path: Path) -> None:
+        clock = Clock()
+        async with SqliteEngine(url, clock=clock) as engine:
+            for run_id, thread in (("r1", "t1"), ("r2", "t2"), ("r3", "t3")):
+                lease = await claimed(engine, run_id, thread)
+                await engine.append(lease, [line(3, "run.interrupted")])
+            await submitted(engine, "r4", "t2")
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute("DROP TRIGGER runs_interrupted")
+            db.execute("DROP TRIGGER runs_answered")
+            db.execute("DROP TABLE waiting")
+            db.execute("DELETE FROM meta WHERE key = 'waiting'")
+        clock.pass_by(60)
+
+        for _ in range(2):
+            async with SqliteEngine(url, clock=clock) as engine:
+                waiting = (await engine.statistics()).waiting
+                assert waiting == {"g": Waiting(runs=2, oldest_s=60)}
+
+    async def test_its_files_have_sizes(self, url: str, path: Path) -> None:
+        async with SqliteEngine(url) as engine:
+            await submitted(engine, request={"pad": "x" * 100_000})
+            sizes = await engine.sizes()
+            os.unlink(path)
+            with pytest.raises(StorageFailed, match="No such file"):
+                await engine.sizes()
+
+        assert set(sizes) == {"db", "wal"}
+        assert sizes["wal"] > 100_000
+
+
+class TestTelemetry:
+    """What each engine tells is in test_telemetry.py; here is what a disk adds."""
+
+    @pytest.fixture
+    def metrics(self) -> Iterator[Metrics]:
+        metrics = Metrics()
+        yield metrics
+        metrics.close()
+
+    async def test_a_batch_is_timed_from_its_first_post_and_fails_as_one(
+        self, url: str, metrics: Metrics
+    ) -> None:
+        async with SqliteEngine(url, telemetry=StorageTelemetry(metrics)) as engine:
+            lease = await claimed(engine)
+            before = metrics["log_commit_seconds"].value("success")
+            with busy(engine):
+                posted = [engine.append(lease, [line(seq)]) for seq in range(3, 53)]
+            await asyncio.gather(*posted)
+            assert metrics["log_commit_seconds"].value("success") == before + 1
+
+            with busy(engine):
+                broken = engine._writer.call(lambda db: db.execute("NONSENSE"))
+                fine = engine.append(lease, [line(53)])
+            await asyncio.gather(broken, fine, return_exceptions=True)
+            assert metrics["log_commit_seconds"].value("error") == 1
+
+    async def test_a_write_that_nobody_waits_for_may_fail_and_has_a_span(
+        self, url: str, metrics: Metrics
+    ) -> None:
+        exporter = InMemorySpanExporter()
+        tracing = Tracing(processors=[SimpleSpanProcessor(exporter)])
+        telemetry = StorageTelemetry(metrics, tracing, slow_s=60)
+        async with SqliteEngine(url, telemetry=telemetry) as engine:
+            saver = engine.checkpointer(await claimed(engine))
+            place = await kit.put(saver, "c1")
+            await _outside(engine, lambda db: db.execute("ALTER TABLE writes RENAME TO gone"))
+            node = tracing.start("node n")
+            with use_span(node, end_on_exit=True):
+                await saver.aput_writes(place, [("n", 1)], "task")
+            with pytest.raises(StorageFailed):
+                await saver.aget_tuple(place)
+        tracing.close()
+
+        spans = {span.name: span for span in exporter.get_finished_spans()}
+        assert spans["checkpoint put"].parent == node.get_span_context()
+        assert spans["checkpoint get"].parent is None
+        for name in ("checkpoint put", "checkpoint get"):
+            attributes = spans[name].attributes
+            assert attributes is not None
+            assert attributes["error.type"] == "StorageFailed"
+
+    async def test_leases_that_a_failing_store_keeps_are_not_renewed(
+        self, url: str, metrics: Metrics
+    ) -> None:
+        async with SqliteEngine(url, telemetry=StorageTelemetry(metrics)) as engine:
+            leases = [await claimed(engine, f"r{n}", f"t{n}") for n in range(3)]
+        with pytest.raises(StorageFailed):
+            await asyncio.to_thread(engine.renew, leases, LEASE_S)
+
+        assert metrics["lease_renew_failures_total"].value() == 3
 
 
 def test_the_schema_of_the_checkpoints_is_the_library_s(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from signals import Signals, check_signals
 
 import telemetry.langchain
 import telemetry.langgraph
@@ -36,6 +37,8 @@ from telemetry.observations import (
     Observation,
 )
 
+#: The ids of the span that a line is from.
+SPAN = {"trace_id", "span_id"}
 #: Members of every line; those of a line that a node caused.
 ENVELOPE = ("v", "seq", "ts", "type", "run_id", "thread_id", "epoch", "data")
 NODE_MEMBERS = {"node", "ns", "path", "task", "attempt", "step"}
@@ -197,6 +200,7 @@ async def serving(
     engine: Engine | None = None,
     store: Store | None = None,
     clock: Callable[[], float] | None = None,
+    signals: Signals | None = None,
     **settings: Any,
 ) -> AsyncIterator[Server]:
     """A server of this graph, without a server."""
@@ -212,6 +216,7 @@ async def serving(
             Served({"graph": graph}),  # type: ignore[arg-type]
             Settings(**{**defaults, **settings}),
             clock=clock,
+            segments=(signals or Signals()).segments,
         )
         await stack.enter_async_context(worker)
         yield Server(opened, worker)
@@ -226,10 +231,12 @@ async def run(
 ) -> Lines:
     """One run of a graph on a thread of its own, checked."""
     seen: list[Observation] = []
-    with listen(seen.append):
-        async with serving(graph, **(settings or {})) as server:
+    signals = Signals()
+    with listen(seen.append), signals.recording():
+        async with serving(graph, signals=signals, **(settings or {})) as server:
             lines = Lines(await server.execute(input, **request), seen)
     check(lines, dropped=server.worker.fenced_events)
+    check_signals(signals, lines.all)
     return lines
 
 
@@ -264,6 +271,8 @@ def check_envelopes(lines: Sequence[Line]) -> None:
         assert isinstance(line["data"], dict), where
         assert len(line["ts"]) == len("2026-11-22T22:31:07.412Z"), where
         members = set(line) - set(ENVELOPE)
+        assert SPAN <= members or line["type"] == "run.queued", where
+        members -= SPAN
         if line["type"] in OF_A_NODE:
             bare = line["data"].get("cached") or line["data"].get("recovered")
             from_store = line["type"] == "message" and "attempt" not in members

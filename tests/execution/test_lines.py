@@ -76,7 +76,7 @@ async def test_a_node_starts_writes_and_completes(make: Any) -> None:
     for line in (started, custom, completed):
         assert (line["ns"], line["path"], line["step"]) == ([], [], 1)
         assert line["task"] == started["task"]
-    assert started["data"] == {}
+    assert set(started["data"]) == {"node_span_id"}
     assert custom["data"] == {"value": "hello"}
     assert completed["data"]["update"] == {"log": ["hello"]}
     assert completed["data"]["attempts"] == 1

@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -22,34 +22,43 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
 import aiosqlite
+import structlog
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from runtime.engines.base import (
     BATCH_BYTES,
     NOT_A_RESULT,
     Checkpointed,
+    Statistics,
     Tails,
+    Waiting,
     check_claim,
     check_lines,
     check_submit,
     lets_go,
+    span_attributes,
     turning_point,
 )
 from runtime.engines.sqlite.saver import FencedSaver
 from runtime.engines.sqlite.writer import Connection, Writer, storage_errors
 from runtime.errors import BadSetting, EngineLocked, LeaseLost, StorageFailed, UnknownRun
 from runtime.events import STATUS, Event
-from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, Statistics, StoredLine
+from runtime.model import Lease, NewRun, Renewal, Run, RunQuery, RunStatus, StoredLine
+from telemetry.storage import StorageObserver
 
 __all__ = ["SqliteEngine"]
 
 SCHEMA_VERSION = "1"
+#: Bytes written to see whether the store can be: some pages, as a row of a page may always fit.
+PROBE_BYTES = 16 * 1024
 _COLUMNS = (
     "run_id, thread_id, graph, graph_digest, request, status, epoch, lease_owner, lease_until, "
     "crashes, deadline, cancel_reason, applied, last_seq, terminal, created_at, updated_at, "
     "started_at, ended_at"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM runs"
+
+_log = structlog.get_logger("runtime")
 
 
 class SqliteEngine:
@@ -63,6 +72,7 @@ class SqliteEngine:
         serde: Any = None,
         wait_lock: bool = False,
         lock: bool = True,
+        telemetry: StorageObserver | None = None,
         **_: object,
     ) -> None:
         self._path, self._synchronous = _parse(url)
@@ -71,7 +81,10 @@ class SqliteEngine:
         self._serde = serde
         self._wait_lock = wait_lock
         self._lock = _FileLock(self._path.with_name(self._path.name + ".lock")) if lock else None
+        self._telemetry = telemetry or StorageObserver()
         self._stack = contextlib.AsyncExitStack()
+        #: Why the store could not be written when that was last asked.
+        self._trouble: str | None = None
         self.log_id = ""
         self.tails = Tails()
 
@@ -81,7 +94,12 @@ class SqliteEngine:
                 await self._lock.acquire(wait=self._wait_lock)
                 stack.callback(self._lock.release)
             schema = files(__package__).joinpath("schema.sql").read_text("utf-8")
-            self._writer = Writer(self._path, synchronous=self._synchronous, schema=schema)
+            self._writer = Writer(
+                self._path,
+                synchronous=self._synchronous,
+                schema=schema,
+                telemetry=self._telemetry,
+            )
             stack.push_async_callback(self._writer.close)
             try:
                 await self._writer.open()
@@ -119,6 +137,7 @@ class SqliteEngine:
             )
         if self._lock is not None:
             db.execute("UPDATE runs SET lease_until = 0 WHERE terminal IS NULL")
+        self._opened = os.stat(self._path)
         return str(meta["log_id"])
 
     async def submit(self, new: NewRun, queued: Event) -> Run:
@@ -183,6 +202,13 @@ class SqliteEngine:
         )
         return [_run(row) for row in rows]
 
+    async def position(self, run: Run) -> int:
+        rows = await self._fetch(
+            "SELECT count(*) FROM runs WHERE status = 'pending' AND (created_at, run_id) < (?, ?)",
+            (run.created_at, run.run_id),
+        )
+        return int(rows[0][0])
+
     async def claimable(self, limit: int) -> Sequence[Run]:
         rows = await self._fetch(
             f"{_SELECT} WHERE terminal IS NULL AND (lease_owner IS NULL OR lease_until <= ?) "
@@ -229,9 +255,9 @@ class SqliteEngine:
         return await self._writer.call(take, self._publish(run.run_id, [event]))
 
     def renew(self, leases: Sequence[Lease], lease_s: float) -> dict[str, Renewal]:
-        def extend(db: Connection) -> dict[str, Renewal]:
+        def extend(db: Connection) -> tuple[dict[str, Renewal], int]:
             until = self._clock() + lease_s
-            learnt = {}
+            learnt, taken = {}, 0
             for lease in leases:
                 held = db.execute(
                     "UPDATE runs SET lease_until = ? WHERE run_id = ? AND epoch = ? "
@@ -241,9 +267,19 @@ class SqliteEngine:
                 learnt[lease.run_id] = Renewal(
                     held=held is not None, cancel_reason=held[0] if held else None
                 )
-            return learnt
+                if held is None:  # another epoch has it, or the run let go of it
+                    later = "SELECT count(*) FROM runs WHERE run_id = ? AND epoch > ?"
+                    taken += db.execute(later, (lease.run_id, lease.epoch)).fetchone()[0]
+            return learnt, taken
 
-        return self._writer.call_blocking(extend)
+        try:
+            learnt, taken = self._writer.call_blocking(extend)
+        except StorageFailed:
+            self._telemetry.not_renewed(len(leases))
+            raise
+        if taken:
+            self._telemetry.not_renewed(taken)
+        return learnt
 
     def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
         def add(db: Connection) -> None:
@@ -251,7 +287,14 @@ class SqliteEngine:
             check_lines(lease.run_id, lease.epoch, standing.last_seq, events)
             self._write(db, lease.run_id, events)
 
-        return self._writer.call(add, self._publish(lease.run_id, events))
+        publish = self._publish(lease.run_id, events)
+
+        def done(error: BaseException | None) -> None:
+            publish(error)
+            if isinstance(error, LeaseLost):
+                self._telemetry.fenced("event", len(events))
+
+        return self._writer.call(add, done)
 
     async def append_unclaimed(self, run: Run, events: Sequence[Event]) -> Run:
         def add(db: Connection) -> Run:
@@ -295,7 +338,7 @@ class SqliteEngine:
         return rows[0][0] if rows else None
 
     def checkpointer(
-        self, lease: Lease | None, *, before_write: Callable[[bool], None] | None = None
+        self, lease: Lease | None, *, before_write: Callable[[str | None], None] | None = None
     ) -> BaseCheckpointSaver[Any]:
         def fence(lease: Lease, db: Connection, progress: bool) -> None:
             if self._fence(db, lease).settled:
@@ -318,6 +361,8 @@ class SqliteEngine:
             new_thread=lease.thread_id
             if lease is not None and lease.epoch == 1 and lease.thread_id == lease.run_id
             else None,
+            telemetry=self._telemetry,
+            run=span_attributes(lease),
         )
 
     async def checkpointed(self, thread_id: str) -> Checkpointed:
@@ -340,28 +385,53 @@ class SqliteEngine:
         )
 
     async def writable(self) -> bool:
+        def touch(db: Connection) -> None:
+            self._check_ours()
+            now = str(self._clock()).ljust(PROBE_BYTES)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('written_at', ?)", (now,))
+
+        trouble = None
         try:
-            await self._writer.call(
-                lambda db: (
-                    db.execute(
-                        "INSERT OR REPLACE INTO meta VALUES ('written_at', ?)",
-                        (str(self._clock()),),
-                    )
-                    and None
-                )
-            )
-        except StorageFailed:
-            return False
-        return True
+            await self._writer.call(touch)
+        except StorageFailed as exc:
+            trouble = str(exc)
+        if trouble is not None and trouble != self._trouble:
+            _log.warning("Store cannot be written", error=trouble)
+        self._trouble = trouble
+        return trouble is None
+
+    def _check_ours(self) -> None:
+        """What is written shall be found by whoever opens the path next. Raises StorageFailed."""
+        try:
+            there = os.path.samestat(os.stat(self._path), self._opened)
+        except OSError as exc:
+            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
+        if not there:
+            raise StorageFailed(f"{self._path}: the file was replaced")
+        if self._lock is not None:
+            self._lock.keep()
 
     async def statistics(self) -> Statistics:
-        rows = await self._fetch("SELECT status, count(*) FROM runs GROUP BY status", ())
-        count = {RunStatus(status): number for status, number in rows}
-        return Statistics(
-            pending=count.pop(RunStatus.PENDING, 0),
-            running=count.pop(RunStatus.RUNNING, 0),
-            ended=sum(count.values()),
+        ((pending, oldest),) = await self._fetch(
+            "SELECT count(*), min(created_at) FROM runs WHERE status = 'pending'", ()
         )
+        waiting = await self._fetch(
+            "SELECT graph, count(*), min(since) FROM waiting GROUP BY graph", ()
+        )
+        now = self._clock()
+        return Statistics(
+            pending=pending,
+            oldest_pending_s=now - oldest if oldest is not None else None,
+            waiting={
+                graph: Waiting(runs=runs, oldest_s=now - since) for graph, runs, since in waiting
+            },
+        )
+
+    async def sizes(self) -> Mapping[str, int]:
+        try:
+            return _sizes(self._path)
+        except OSError as exc:
+            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
 
     async def _fetch(self, statement: str, values: Sequence[object]) -> list[Any]:
         try:
@@ -450,35 +520,77 @@ class _FileLock:
 
     async def acquire(self, *, wait: bool) -> None:
         """Raises EngineLocked when another process has it and `wait` is off."""
+        file = self._open()
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as exc:
-            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
-        try:
-            while not _locked(file):
+            while not self._take(file):
+                if _locked(file):  # a file without a name: the holder has made another one
+                    file, old = self._open(), file
+                    os.close(old)
+                    continue
                 if not wait:
-                    holder = os.pread(file, 32, 0).decode("ascii", "replace").strip()
                     raise EngineLocked(
-                        f"{self._path}: process {holder or '?'} owns this store; stop it, use "
-                        "another SERENO_ENGINE, or start with --wait-lock"
+                        f"{self._path}: process {self._holder() or '?'} owns this store; stop it, "
+                        "use another SERENO_ENGINE, or start with --wait-lock"
                     )
                 await asyncio.sleep(0.1)
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-        except OSError as exc:
-            os.close(file)
-            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
         except BaseException:
             os.close(file)
             raise
         self._file = file
         os.register_at_fork(after_in_child=self.release)  # a child would hold it on
 
+    def keep(self) -> None:
+        """Take the lock again if its file was removed: the next opener would make a new one.
+
+        Raises StorageFailed when that has happened.
+        """
+        assert self._file is not None
+        if self._named(self._file):
+            return
+        file = self._open()
+        try:
+            if not self._take(file):
+                raise StorageFailed(f"{self._path}: process {self._holder()} has taken this store")
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file = file
+
     def release(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def _open(self) -> int:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as exc:
+            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
+
+    def _take(self, file: int) -> bool:
+        """Whether the file is locked by us now and has its name; our process id is in it then."""
+        try:
+            if not (_locked(file) and self._named(file)):
+                return False
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+        except OSError as exc:
+            raise StorageFailed(f"{self._path}: {exc.strerror}") from exc
+        return True
+
+    def _named(self, file: int) -> bool:
+        """Whether the path still leads to this file."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(file))
+        except FileNotFoundError:
+            return False
+
+    def _holder(self) -> str:
+        with contextlib.suppress(OSError):
+            return self._path.read_text("ascii", "replace").strip()[:32]
+        return ""
 
 
 def _locked(file: int) -> bool:
@@ -488,6 +600,15 @@ def _locked(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes of the files; to ask takes no time, as they are open."""
+    wal = path.with_name(path.name + "-wal")
+    return {
+        "db": path.stat().st_size,
+        "wal": wal.stat().st_size if wal.exists() else 0,
+    }
 
 
 def _parse(url: str) -> tuple[Path, str]:

@@ -30,8 +30,37 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE UNIQUE INDEX IF NOT EXISTS runs_holder ON runs (tenant, thread_id)
     WHERE terminal IS NULL AND epoch > 0;
 CREATE INDEX IF NOT EXISTS runs_open ON runs (created_at, run_id) WHERE terminal IS NULL;
+CREATE INDEX IF NOT EXISTS runs_pending ON runs (status, created_at, run_id)
+    WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS runs_thread ON runs (tenant, thread_id, created_at);
 CREATE INDEX IF NOT EXISTS runs_newest ON runs (created_at, run_id);
+
+-- Interrupted runs that are the last of their thread: few, while those that were answered pile up.
+CREATE TABLE IF NOT EXISTS waiting (
+    tenant    TEXT NOT NULL,
+    thread_id TEXT NOT NULL,
+    graph     TEXT NOT NULL,
+    since     REAL NOT NULL,
+    PRIMARY KEY (tenant, thread_id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS waiting_since ON waiting (graph, since);
+CREATE TRIGGER IF NOT EXISTS runs_interrupted AFTER UPDATE OF status ON runs
+WHEN new.status = 'interrupted' BEGIN
+    INSERT OR REPLACE INTO waiting VALUES (new.tenant, new.thread_id, new.graph, new.ended_at);
+END;
+CREATE TRIGGER IF NOT EXISTS runs_answered AFTER INSERT ON runs BEGIN
+    DELETE FROM waiting WHERE tenant = new.tenant AND thread_id = new.thread_id;
+END;
+-- Once, for files from before this table.
+INSERT OR IGNORE INTO waiting
+    SELECT tenant, thread_id, graph, ended_at FROM runs AS run
+    WHERE NOT EXISTS (SELECT 1 FROM meta WHERE key = 'waiting')
+    AND status = 'interrupted'
+    AND NOT EXISTS (
+        SELECT 1 FROM runs AS later WHERE later.tenant = run.tenant
+        AND later.thread_id = run.thread_id AND later.created_at > run.created_at
+    );
+INSERT OR IGNORE INTO meta VALUES ('waiting', 'filled');
 
 CREATE TABLE IF NOT EXISTS run_events (
     run_id TEXT NOT NULL,

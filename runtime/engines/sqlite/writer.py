@@ -7,12 +7,14 @@ import contextlib
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future as ThreadFuture
 from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import SerenoError, StorageFailed
+from telemetry.storage import StorageObserver
 
 __all__ = ["Connection", "Writer", "storage_errors"]
 
@@ -37,7 +39,7 @@ BUSY_S = 10.0
 class _Posted:
     """An operation, and who is told of its result."""
 
-    __slots__ = ("done", "error", "future", "loop", "operation", "result")
+    __slots__ = ("done", "error", "future", "loop", "operation", "result", "since")
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class _Posted:
         self.done = done
         self.result: Any = None
         self.error: BaseException | None = None
+        self.since = time.perf_counter()
 
 
 class Writer(threading.Thread):
@@ -61,11 +64,19 @@ class Writer(threading.Thread):
     before its first change; whatever else it raises undoes its changes. It may be called twice.
     """
 
-    def __init__(self, path: Path, *, synchronous: str, schema: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        synchronous: str,
+        schema: str,
+        telemetry: StorageObserver | None = None,
+    ) -> None:
         super().__init__(name="sereno-writer", daemon=True)
         self._path = path
         self._synchronous = synchronous
         self._schema = schema
+        self._telemetry = telemetry or StorageObserver()
         self._inbox: queue.SimpleQueue[list[_Posted] | None] = queue.SimpleQueue()
         #: Posted in this turn of the loop.
         self._outbox: list[_Posted] = []
@@ -143,6 +154,10 @@ class Writer(threading.Thread):
                 while not last:
                     batch, last = self._take()
                     self._commit(db, batch)
+                    if batch:
+                        self._telemetry.committed(
+                            time.perf_counter() - batch[0].since, failed=any(map(_broke, batch))
+                        )
                     _deliver(batch)
         except BaseException as exc:
             if self._opened.done():
@@ -220,6 +235,14 @@ def storage_errors() -> Iterator[None]:
         yield
     except sqlite3.Error as exc:
         raise StorageFailed(str(exc)) from exc
+
+
+def _broke(posted: _Posted) -> bool:
+    """Whether an operation failed: one that was refused did what it is for."""
+    error = posted.error
+    return error is not None and (
+        isinstance(error, StorageFailed) or not isinstance(error, SerenoError)
+    )
 
 
 def _deliver(batch: list[_Posted]) -> None:

@@ -1,0 +1,880 @@
+"""One execution of a run: turns what the seam observes into spans, metrics and records that agree.
+
+Every start asks first whether a line is made of it (`Segment.lines`). What a line refuses, because
+the run has ended, is nowhere; what it takes is counted exactly once when it ends, at the latest
+with the segment. So spans, metrics, lines and records are equal by construction.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+from opentelemetry import context as otel_context
+from opentelemetry.trace import (
+    Link,
+    Span,
+    SpanContext,
+    Status,
+    StatusCode,
+    get_current_span,
+    set_span_in_context,
+)
+
+from telemetry.contract import classify, error_text, error_type
+from telemetry.langchain import Witness, current_witness
+from telemetry.metrics import Metrics
+from telemetry.observations import (
+    AttemptEnded,
+    AttemptOutcome,
+    AttemptStarted,
+    CallAttemptEnded,
+    CallAttemptStarted,
+    CallRetrying,
+    NodeEnded,
+    NodeRetrying,
+    Observation,
+    Visit,
+    current_listener,
+)
+from telemetry.tracing import Tracing, exemplar, ids_of, set_error
+
+__all__ = ["Lost", "LostNode", "Segment", "Segments", "current_segment"]
+
+#: The segment that the current code belongs to.
+current_segment: ContextVar[Segment | None] = ContextVar("sereno_segment", default=None)
+#: The innermost attempt, of a node or of a call, around the current code.
+_inside: ContextVar[_Inside | None] = ContextVar("sereno_inside", default=None)
+
+_FAILED: frozenset[AttemptOutcome] = frozenset(("retried", "exhausted", "failed"))
+
+
+class Lines(Protocol):
+    """Who makes lines of observations. False: it takes no more, so it must not count."""
+
+    def __call__(
+        self, seen: Observation, *, span_id: str | None = None, node_span_id: str | None = None
+    ) -> bool: ...
+
+
+def _no_lines(
+    seen: Observation, *, span_id: str | None = None, node_span_id: str | None = None
+) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostNode:
+    """A node that was open when its process died, as its lines tell. Times in unix seconds."""
+
+    visit: Visit
+    span: SpanContext
+    #: The span around it; None for the segment's.
+    parent: SpanContext | None
+    since: float
+    #: Its latest attempt.
+    attempt: int
+    #: None when it was in a back-off.
+    attempt_span: SpanContext | None
+    attempt_since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A segment whose process died, as its lines tell. Times in unix seconds."""
+
+    context: SpanContext
+    parent: SpanContext | None
+    since: float
+    #: The end of its lease.
+    until: float
+    nodes: Sequence[LostNode]
+
+
+class _Node:
+    """An open visit of a node."""
+
+    __slots__ = (
+        "attempt",
+        "attempts",
+        "attributes",
+        "backoff_s",
+        "began",
+        "label",
+        "slept_at",
+        "span",
+        "visit",
+    )
+
+    def __init__(self, visit: Visit, span: Span, attributes: Mapping[str, Any]) -> None:
+        self.visit = visit
+        self.label = visit.label
+        self.span = span
+        self.attributes = attributes
+        self.began = time.perf_counter()
+        self.attempt: _Attempt | None = None
+        self.attempts = 0
+        #: When its back-off began; None while it does not sleep.
+        self.slept_at: float | None = None
+        self.backoff_s = 0.0
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "node": self.label,
+            "attempt": self.attempts,
+            "age_s": round(time.perf_counter() - self.began, 3),
+            "state": "retrying" if self.slept_at is not None else "running",
+        }
+
+
+class _Inside:
+    """A span that is current in a body; knows what was current around it."""
+
+    __slots__ = ("before", "began", "number", "outer", "span")
+
+    def __init__(self, span: Span, number: int) -> None:
+        self.span = span
+        self.number = number
+        self.began = time.perf_counter()
+        self.outer: _Inside | None = None
+        self.before: otel_context.Context | None = None
+
+    def enter(self) -> None:
+        self.outer, self.before = _inside.get(), otel_context.get_current()
+        _inside.set(self)
+        otel_context.attach(set_span_in_context(self.span, self.before))
+
+    def leave(self) -> None:
+        """Put back what was current, unless the body ran in another context than this."""
+        here = _inside.get()
+        while here is not None and here is not self:
+            here = here.outer  # a loop that was left inside of the body
+        if here is self and self.before is not None:
+            _inside.set(self.outer)
+            otel_context.attach(self.before)
+
+
+class _Retries:
+    """The retried calls of one attempt: open attempts and back-offs, by call id."""
+
+    __slots__ = ("open", "sleeping")
+
+    def __init__(self) -> None:
+        self.open: dict[str, _Call] = {}
+        self.sleeping: dict[str, _Sleep] = {}
+
+
+class _Attempt(_Inside):
+    __slots__ = ("calls", "failure")
+
+    def __init__(self, span: Span, number: int) -> None:
+        super().__init__(span, number)
+        self.calls = _Retries()
+        #: How it ended, until the retry that follows is told.
+        self.failure: AttemptEnded | None = None
+
+
+class _Call(_Inside):
+    __slots__ = ("failure", "name")
+
+    def __init__(self, name: str, span: Span, number: int) -> None:
+        super().__init__(span, number)
+        self.name = name
+        self.failure: CallAttemptEnded | None = None
+
+
+class _Sleep:
+    __slots__ = ("name", "since")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.since = time.perf_counter()
+
+
+class Segments:
+    """Begins segments, and knows those that are open."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracing: Tracing,
+        *,
+        witness: Witness | None = None,
+        exception_messages: bool = True,
+    ) -> None:
+        #: Who is told of the models and tools that runs call.
+        self.witness = witness
+        self.metrics = metrics
+        self.tracing = tracing
+        self.exception_messages = exception_messages
+        self.open: dict[str, Segment] = {}
+        self.log = structlog.get_logger("runtime")
+        self.runs_started = metrics["runs_started_total"]
+        self.runs_finished = metrics["runs_finished_total"]
+        self.run_errors = metrics["run_errors_total"]
+        self.runs_active = metrics["runs_active"]
+        self.runs_lost = metrics["runs_lost_total"]
+        self.runs_recovered = metrics["runs_recovered_total"]
+        self.run_duration = metrics["run_duration_seconds"]
+        self.first_output = metrics["run_first_output_seconds"]
+        self.queue_wait = metrics["run_queue_wait_seconds"]
+        self.interrupt_wait = metrics["interrupt_wait_seconds"]
+        self.node_duration = metrics["node_duration_seconds"]
+        self.nodes_active = metrics["nodes_active"]
+        self.nodes_cached = metrics["nodes_cached_total"]
+        self.attempts = metrics["node_attempts_total"]
+        self.attempt_failures = metrics["node_attempt_failures_total"]
+        self.attempt_duration = metrics["node_attempt_duration_seconds"]
+        self.backoff = metrics["node_backoff_seconds_total"]
+        self.sleeping = metrics["node_retries_sleeping"]
+        self.call_attempts = metrics["call_attempts_total"]
+        self.call_failures = metrics["call_attempt_failures_total"]
+        self.call_duration = metrics["call_attempt_duration_seconds"]
+        self.call_backoff = metrics["call_backoff_seconds_total"]
+        self.calls_sleeping = metrics["call_retries_sleeping"]
+
+    def graph(self, name: str) -> None:
+        """Begin the gauges of a served graph that are read at scrape time."""
+        self.metrics["run_oldest_active_seconds"].watch(lambda: self._oldest(name), name)
+        self.metrics["run_silence_seconds"].watch(lambda: self._silence(name), name)
+
+    def queued(self, graph: str, trigger: str) -> None:
+        """A run was committed."""
+        self.runs_started.inc(graph, trigger)
+
+    def begin(
+        self,
+        *,
+        run_id: str,
+        thread_id: str,
+        graph: str,
+        epoch: int,
+        trigger: str,
+        version: str = "",
+        parent: SpanContext | None = None,
+        trace_id: int | None = None,
+        links: Sequence[Link] = (),
+        start: float | None = None,
+    ) -> Segment:
+        """Open a segment and its span; `start` in unix seconds. It is to be ended or discarded."""
+        attributes = {
+            "sereno.run.id": run_id,
+            "sereno.thread.id": thread_id,
+            "sereno.graph.name": graph,
+            "sereno.run.epoch": epoch,
+        }
+        span = self.tracing.start(
+            f"run {graph}",
+            parent=parent,
+            trace_id=trace_id,
+            attributes={
+                **attributes,
+                "sereno.run.trigger": trigger,
+                "sereno.graph.version": version,
+            },
+            links=links,
+            start_ns=_ns(start) if start is not None else None,
+        )
+        return Segment(self, attributes, span)
+
+    def live(self) -> dict[str, Any]:
+        """What is unfinished now, without content; for any thread."""
+        return {"runs": [segment.describe() for segment in list(self.open.values())]}
+
+    def finished(
+        self,
+        graph: str,
+        status: str,
+        data: Mapping[str, Any],
+        span: SpanContext,
+        *,
+        first_output: bool,
+    ) -> None:
+        """A run's terminal line is committed."""
+        self.runs_finished.inc(graph, status)
+        error = data.get("error")
+        if error is not None:
+            self.run_errors.inc(graph, str(error.get("error_class", "other")))
+        if (duration := data.get("duration_ms")) is not None:
+            self.run_duration.observe(duration / 1000, graph, status, exemplar=exemplar(span))
+        if not first_output and status in ("error", "timeout"):
+            self.first_output.observe(math.inf, graph)
+
+    def _oldest(self, graph: str) -> float:
+        now = time.monotonic()
+        return max((now - s.began for s in self._of(graph)), default=0.0)
+
+    def _silence(self, graph: str) -> float:
+        now = time.monotonic()
+        return max((now - s.last_line for s in self._of(graph)), default=0.0)
+
+    def _of(self, graph: str) -> list[Segment]:
+        return [segment for segment in list(self.open.values()) if segment.graph == graph]
+
+
+class Segment:
+    """One execution of one run in one epoch: the listener of all that it runs."""
+
+    def __init__(self, segments: Segments, attributes: dict[str, Any], span: Span) -> None:
+        self.run_id: str = attributes["sereno.run.id"]
+        self.thread_id: str = attributes["sereno.thread.id"]
+        self.graph: str = attributes["sereno.graph.name"]
+        self.epoch: int = attributes["sereno.run.epoch"]
+        #: What every span of the run carries.
+        self.attributes = attributes
+        self.span = span
+        self.context = span.get_span_context()
+        #: Hex ids for lines and records, None when tracing is off.
+        self.ids = ids_of(self.context)
+        #: Who makes lines of what is observed.
+        self.lines: Lines = _no_lines
+        self.began = self.last_line = time.monotonic()
+        #: Why it is to stop, as `sereno.cancel.reason` says it.
+        self.stopping: str | None = None
+        #: The last checkpoint of the root graph.
+        self.checkpoint_id: str | None = None
+        self._all = segments
+        self._claimed = False
+        self._nodes: dict[str, _Node] = {}
+        #: Retried calls that are in no node.
+        self._loose = _Retries()
+        self._steps: set[int] = set()
+        self._attempts = 0
+        self._backoff_s = 0.0
+        self._closed = False
+        # Threads of sync nodes observe too, and a collected iterator may at any moment.
+        self._lock = threading.RLock()
+
+    # Its life.
+
+    def claimed(self, *, waited_s: float | None) -> None:
+        """The claim is committed; `waited_s` when it is the run's first."""
+        everything = self._all
+        self._claimed = True
+        everything.open[self.run_id] = self
+        everything.runs_active.inc(self.graph)
+        if waited_s is not None:
+            everything.queue_wait.observe(max(0.0, waited_s), self.graph)
+
+    def follows(self, lost: Lost | None, *, recovered: bool) -> None:
+        """The segment before went with its process; `lost` when that one was traced."""
+        self._all.runs_lost.inc(self.graph)
+        if recovered:
+            self._all.runs_recovered.inc(self.graph)
+        epoch = self.epoch - 1 if recovered else self.epoch
+        self._all.log.warning(
+            "Run lost", event_type="run.lost", **self.line_ids, **self._where, epoch=epoch
+        )
+        if lost is not None:
+            self._write_lost(lost, epoch)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What runs inside, and the tasks that it makes, belong to the segment."""
+        listener, segment = current_listener.set(self), current_segment.set(self)
+        witness = current_witness.set(self._all.witness)
+        token = otel_context.attach(set_span_in_context(self.span))
+        try:
+            yield
+        finally:
+            otel_context.detach(token)
+            current_witness.reset(witness)
+            current_segment.reset(segment)
+            current_listener.reset(listener)
+
+    def first_output(self, seconds: float) -> None:
+        """The run's first line that a client waits for, so long after it was queued."""
+        self._all.first_output.observe(seconds, self.graph, exemplar=exemplar(self.context))
+
+    def end(self, data: Mapping[str, Any], *, had_output: bool) -> None:
+        """The epoch's last line is committed: a terminal one has a `status` in its data."""
+        outcome = str(data.get("status", "drained"))
+        self._close(outcome)
+        span = self.span
+        if (suppressed := self._all.tracing.suppressed(self.run_id)) > 0:
+            span.set_attribute("sereno.run.spans_suppressed", suppressed)
+        span.set_attributes(
+            {
+                "sereno.run.outcome": outcome,
+                "sereno.run.steps": len(self._steps),
+                "sereno.run.attempts": self._attempts,
+                "sereno.run.backoff_s": round(self._backoff_s, 6),
+            }
+        )
+        if outcome in ("cancelled", "drained"):
+            span.set_attribute("sereno.cancel.reason", self._reason)
+        if self.checkpoint_id is not None:
+            span.set_attribute("sereno.checkpoint.id", self.checkpoint_id)
+        if (error := data.get("error")) is not None:
+            _failed(span, str(error["error_type"]), str(error["error_class"]))
+        if "status" in data:
+            self._all.finished(self.graph, outcome, data, self.context, first_output=had_output)
+        span.end()
+        self._all.tracing.forget(self.run_id)
+
+    def discard(self) -> None:
+        """Another epoch goes on with the run, and tells what is to be told of this one."""
+        self._close("lost")
+        self._all.tracing.discard(self.span)
+
+    def describe(self) -> dict[str, Any]:
+        """As `/debug/live` shows it."""
+        now = time.monotonic()
+        return {
+            "run_id": self.run_id,
+            "thread_id": self.thread_id,
+            "graph": self.graph,
+            "age_s": round(now - self.began, 3),
+            "silence_s": round(now - self.last_line, 3),
+            "nodes": [node.describe() for node in list(self._nodes.values())],
+        }
+
+    def node_attributes(self, visit: Visit) -> dict[str, Any]:
+        """What every span below a node carries."""
+        return {
+            **self.attributes,
+            "sereno.node.name": visit.node,
+            "sereno.node.path": visit.label,
+        }
+
+    def reapplied(self, label: str, *, cached: bool) -> None:
+        """A node's result is known and no call made it: from the cache, or from before a crash."""
+        if cached:
+            self._all.nodes_cached.inc(self.graph, label)
+
+    # What the seam tells.
+
+    def __call__(self, seen: Observation) -> None:
+        with self._lock:
+            if not self._closed:
+                _TOLD[type(seen)](self, seen)
+
+    def _attempt_started(self, seen: AttemptStarted) -> None:
+        visit = seen.visit
+        known = self._nodes.get(visit.task)
+        node = known or self._new_node(visit)
+        attributes = {
+            **node.attributes,
+            "sereno.attempt.number": seen.attempt,
+            "sereno.attempt.layer": "node",
+        }
+        if node.slept_at is not None:
+            waited = time.perf_counter() - node.slept_at
+            attributes["sereno.attempt.wait_before_s"] = round(waited, 6)
+        tracing = self._all.tracing
+        span = tracing.start(
+            f"attempt {visit.node}", parent=node.span.get_span_context(), attributes=attributes
+        )
+        if not self.lines(seen, span_id=_hex(span), node_span_id=_hex(node.span)):
+            tracing.discard(span)
+            if known is None:
+                tracing.discard(node.span)
+            return
+        if known is None:
+            self._nodes[visit.task] = node
+            self._all.nodes_active.inc(self.graph, node.label)
+            if not visit.path:
+                self._steps.add(visit.step)
+        self._wake(node)
+        node.attempts = seen.attempt
+        self._attempts += 1
+        node.attempt = _Attempt(span, seen.attempt)
+        node.attempt.enter()
+
+    def _new_node(self, visit: Visit) -> _Node:
+        attributes = self.node_attributes(visit)
+        span = self._all.tracing.start(
+            f"node {visit.node}",
+            parent=self._around(),
+            attributes={
+                **attributes,
+                "sereno.task.id": visit.task,
+                "sereno.step": visit.step,
+            },
+        )
+        return _Node(visit, span, attributes)
+
+    def _around(self) -> SpanContext:
+        """What is current, if it belongs to the run's trace: in a subgraph the calling attempt, or
+        what is inside of that."""
+        around = get_current_span().get_span_context()
+        return around if around.trace_id == self.context.trace_id else self.context
+
+    def _attempt_ended(self, seen: AttemptEnded) -> None:
+        node = self._nodes.get(seen.visit.task)
+        attempt = node.attempt if node is not None else None
+        if node is None or attempt is None or attempt.number != seen.attempt:
+            return
+        attempt.leave()
+        if seen.outcome == "retried":
+            attempt.failure = seen
+        else:
+            if seen.max_attempts is not None:
+                attempt.span.set_attribute("sereno.attempt.max", seen.max_attempts)
+            self._end_attempt(node, attempt, seen.outcome, seen.error)
+
+    def _node_retrying(self, seen: NodeRetrying) -> None:
+        node = self._nodes.get(seen.visit.task)
+        attempt = node.attempt if node is not None else None
+        if node is None or attempt is None or attempt.failure is None:
+            return
+        if not self.lines(seen, span_id=_hex(attempt.span)):
+            return
+        attempt.span.set_attributes(
+            {
+                "sereno.attempt.max": seen.max_attempts,
+                "sereno.attempt.backoff_s": seen.retry_in_s,
+                "sereno.attempt.jitter_ms": round(seen.jitter_s * 1000, 3),
+            }
+        )
+        self._end_attempt(node, attempt, "retried", seen.error)
+        node.slept_at = time.perf_counter()
+        self._all.sleeping.inc(self.graph, node.label)
+
+    def _end_attempt(
+        self,
+        node: _Node,
+        attempt: _Attempt,
+        outcome: AttemptOutcome,
+        error: BaseException | None = None,
+    ) -> None:
+        node.attempt = None
+        self._end_calls(attempt.calls)
+        everything, span = self._all, attempt.span
+        duration = time.perf_counter() - attempt.began
+        which = "first" if attempt.number == 1 else "retry"
+        everything.attempts.inc(self.graph, node.label, which, outcome)
+        everything.attempt_duration.observe(duration, self.graph, node.label)
+        self._finish(span, outcome)
+        if outcome in _FAILED:
+            assert error is not None
+            everything.attempt_failures.inc(self.graph, node.label, classify(error))
+            self._raised(
+                span, outcome, error, node=node.label, attempt=attempt.number, layer="node"
+            )
+        if outcome == "lost":
+            everything.tracing.discard(span)
+        else:
+            span.end()
+
+    def _node_ended(self, seen: NodeEnded) -> None:
+        node = self._nodes.get(seen.visit.task)
+        if node is None:
+            return
+        if node.attempt is not None:  # its end was not told, as after an error in a listener
+            self._end_attempt(node, node.attempt, "cancelled")
+        if self.lines(seen):
+            self._end_node(node, seen.outcome, seen.error)
+
+    def _end_node(self, node: _Node, outcome: str, error: BaseException | None = None) -> None:
+        del self._nodes[node.visit.task]
+        self._wake(node)
+        everything, span = self._all, node.span
+        everything.nodes_active.dec(self.graph, node.label)
+        everything.node_duration.observe(
+            time.perf_counter() - node.began,
+            self.graph,
+            node.label,
+            exemplar=exemplar(span.get_span_context()),
+        )
+        span.set_attributes(
+            {
+                "sereno.node.attempts": node.attempts,
+                "sereno.node.outcome": outcome,
+                "sereno.node.backoff_s": round(node.backoff_s, 6),
+            }
+        )
+        if outcome in ("cancelled", "drained"):
+            span.set_attribute("sereno.cancel.reason", self._reason)
+        if error is not None:
+            _failed(span, error_type(error), classify(error))
+        if outcome == "lost":
+            everything.tracing.discard(span)
+        else:
+            span.end()
+
+    def _wake(self, node: _Node) -> None:
+        if node.slept_at is None:
+            return
+        slept = time.perf_counter() - node.slept_at
+        node.slept_at = None
+        node.backoff_s += slept
+        self._backoff_s += slept
+        self._all.sleeping.dec(self.graph, node.label)
+        self._all.backoff.inc(self.graph, node.label, by=slept)
+
+    # Retried calls.
+
+    def _call_started(self, seen: CallAttemptStarted) -> None:
+        calls = self._calls_around(seen.visit, seen.node_attempt)
+        if calls is None:
+            return
+        attributes = {
+            **(self.attributes if seen.visit is None else self.node_attributes(seen.visit)),
+            "sereno.call.name": seen.call,
+            "sereno.call.id": seen.call_id,
+            "sereno.attempt.number": seen.attempt,
+            "sereno.attempt.layer": "call",
+        }
+        sleep = calls.sleeping.get(seen.call_id)
+        if sleep is not None:
+            waited = time.perf_counter() - sleep.since
+            attributes["sereno.attempt.wait_before_s"] = round(waited, 6)
+        span = self._all.tracing.start(
+            f"attempt {seen.call}", parent=self._around(), attributes=attributes
+        )
+        if not self.lines(seen, span_id=_hex(span)):
+            self._all.tracing.discard(span)
+            return
+        self._wake_call(calls, seen.call_id)
+        call = calls.open[seen.call_id] = _Call(seen.call, span, seen.attempt)
+        call.enter()
+
+    def _call_ended(self, seen: CallAttemptEnded) -> None:
+        calls = self._calls_around(seen.visit, seen.node_attempt)
+        call = calls.open.get(seen.call_id) if calls is not None else None
+        if calls is None or call is None:
+            return
+        call.leave()
+        if seen.outcome == "retried":
+            call.failure = seen
+        else:
+            self.lines(seen)
+            del calls.open[seen.call_id]
+            self._end_call(seen.visit, call, seen.outcome, seen.error)
+
+    def _call_retrying(self, seen: CallRetrying) -> None:
+        calls = self._calls_around(seen.visit, seen.node_attempt)
+        call = calls.open.get(seen.call_id) if calls is not None else None
+        if calls is None or call is None or call.failure is None:
+            return
+        if not self.lines(seen, span_id=_hex(call.span)):
+            return
+        call.span.set_attribute("sereno.attempt.backoff_s", seen.retry_in_s)
+        del calls.open[seen.call_id]
+        self._end_call(seen.visit, call, "retried", seen.error)
+        calls.sleeping[seen.call_id] = _Sleep(seen.call)
+        self._all.calls_sleeping.inc(self.graph, seen.call)
+
+    def _calls_around(self, visit: Visit | None, number: int | None) -> _Retries | None:
+        """The calls of the attempt that a call is in; None when that one is over."""
+        if visit is None:
+            return self._loose
+        node = self._nodes.get(visit.task)
+        attempt = node.attempt if node is not None else None
+        if attempt is None or attempt.number != number:
+            return None
+        return attempt.calls
+
+    def _end_call(
+        self,
+        visit: Visit | None,
+        call: _Call,
+        outcome: AttemptOutcome,
+        error: BaseException | None = None,
+    ) -> None:
+        everything, span = self._all, call.span
+        which = "first" if call.number == 1 else "retry"
+        everything.call_attempts.inc(self.graph, call.name, which, outcome)
+        duration = time.perf_counter() - call.began
+        everything.call_duration.observe(duration, self.graph, call.name)
+        self._finish(span, outcome)
+        if outcome in _FAILED:
+            everything.call_failures.inc(self.graph, call.name, classify(error))
+            node = visit.label if visit is not None else None
+            self._raised(
+                span,
+                outcome,
+                error,
+                node=node,
+                call=call.name,
+                attempt=call.number,
+                layer="call",
+            )
+        if outcome == "lost":
+            everything.tracing.discard(span)
+        else:
+            span.end()
+
+    def _wake_call(self, calls: _Retries, call_id: str) -> None:
+        if (sleep := calls.sleeping.pop(call_id, None)) is not None:
+            self._all.calls_sleeping.dec(self.graph, sleep.name)
+            slept = time.perf_counter() - sleep.since
+            self._all.call_backoff.inc(self.graph, sleep.name, by=slept)
+
+    def _end_calls(self, calls: _Retries, outcome: AttemptOutcome = "cancelled") -> None:
+        """A call's back-off and its attempt end with the attempt around them at the latest."""
+        for call_id in list(calls.sleeping):
+            self._wake_call(calls, call_id)
+        while calls.open:
+            _, call = calls.open.popitem()
+            self._end_call(None, call, outcome)
+
+    # Ends.
+
+    @property
+    def _reason(self) -> str:
+        return self.stopping or "sibling_failed"
+
+    def _finish(self, span: Span, outcome: AttemptOutcome) -> None:
+        span.set_attribute("sereno.attempt.outcome", outcome)
+        span.set_attribute("sereno.attempt.will_retry", outcome == "retried")
+        if outcome == "cancelled":
+            span.set_attribute("sereno.cancel.reason", self._reason)
+
+    def _raised(
+        self, span: Span, outcome: str, error: BaseException | None, **fields: object
+    ) -> None:
+        """An attempt failed: on its span, and in the log."""
+        everything = self._all
+        if error is None:  # a result, not an exception, asked for the retry
+            return
+        message = self.message(error)
+        owner = set_error(span, error, messages=message is not None)
+        fields = {
+            **self._where,
+            **_ids_of_span(span),
+            **fields,
+            "outcome": outcome,
+            "error_class": classify(error),
+            "error_type": error_type(error),
+        }
+        if message is not None:
+            fields["error"] = message
+        log = everything.log
+        log.warning(
+            "Attempt failed",
+            event_type="attempt.failed",
+            exc_info=error if owner and message is not None else None,
+            **fields,
+        )
+        if outcome == "exhausted":
+            log.warning("Retries exhausted", event_type="retry.exhausted", **fields)
+
+    @property
+    def line_ids(self) -> dict[str, str]:
+        """`trace_id` and `span_id` for lines that no attempt caused."""
+        return {"trace_id": self.ids[0], "span_id": self.ids[1]} if self.ids is not None else {}
+
+    @property
+    def exception_messages(self) -> bool:
+        """Whether messages of exceptions go into spans and records."""
+        return self._all.exception_messages
+
+    def message(self, error: BaseException) -> str | None:
+        """What spans and records may show of an exception's message: a validation's quotes the
+        input."""
+        if not self._all.exception_messages or classify(error) == "validation":
+            return None
+        return error_text(error, 500)
+
+    @property
+    def _where(self) -> dict[str, object]:
+        return {"run_id": self.run_id, "thread_id": self.thread_id, "graph": self.graph}
+
+    def _close(self, outcome: str) -> None:
+        """End what is still open; nothing counts from now on."""
+        with self._lock:
+            self._closed = True
+            attempt: AttemptOutcome = "lost" if outcome == "lost" else "cancelled"
+            node_outcome = outcome if outcome in ("lost", "drained") else "cancelled"
+            for node in list(self._nodes.values()):
+                if node.attempt is not None:
+                    self._end_calls(node.attempt.calls, attempt)
+                    self._end_attempt(node, node.attempt, attempt)
+                self._end_node(node, node_outcome)
+            self._end_calls(self._loose, attempt)
+        if self._claimed:
+            self._claimed = False
+            self._all.runs_active.dec(self.graph)
+            if self._all.open.get(self.run_id) is self:
+                del self._all.open[self.run_id]
+
+    def _write_lost(self, lost: Lost, epoch: int) -> None:
+        """The spans that a dead process could not end."""
+        write = self._all.tracing.write
+        attributes = {**self.attributes, "sereno.run.epoch": epoch}
+        for node in lost.nodes:
+            below = {
+                **attributes,
+                "sereno.node.name": node.visit.node,
+                "sereno.node.path": node.visit.label,
+            }
+            if node.attempt_span is not None:
+                write(
+                    f"attempt {node.visit.node}",
+                    context=node.attempt_span,
+                    parent=node.span,
+                    attributes={
+                        **below,
+                        "sereno.attempt.number": node.attempt,
+                        "sereno.attempt.layer": "node",
+                        "sereno.attempt.outcome": "lost",
+                        "sereno.attempt.will_retry": False,
+                    },
+                    start_ns=_ns(node.attempt_since),
+                    end_ns=_ns(lost.until),
+                    error="worker_lost",
+                )
+            write(
+                f"node {node.visit.node}",
+                context=node.span,
+                parent=node.parent or lost.context,
+                attributes={
+                    **below,
+                    "sereno.task.id": node.visit.task,
+                    "sereno.step": node.visit.step,
+                    "sereno.node.attempts": node.attempt,
+                    "sereno.node.outcome": "lost",
+                },
+                start_ns=_ns(node.since),
+                end_ns=_ns(lost.until),
+                error="worker_lost",
+            )
+        write(
+            f"run {self.graph}",
+            context=lost.context,
+            parent=lost.parent,
+            attributes={**attributes, "sereno.run.outcome": "lost"},
+            start_ns=_ns(lost.since),
+            end_ns=_ns(lost.until),
+            error="worker_lost",
+        )
+
+
+_TOLD: dict[type, Callable[[Segment, Any], None]] = {
+    AttemptStarted: Segment._attempt_started,
+    AttemptEnded: Segment._attempt_ended,
+    NodeRetrying: Segment._node_retrying,
+    NodeEnded: Segment._node_ended,
+    CallAttemptStarted: Segment._call_started,
+    CallAttemptEnded: Segment._call_ended,
+    CallRetrying: Segment._call_retrying,
+}
+
+
+def _hex(span: Span) -> str | None:
+    ids = ids_of(span.get_span_context())
+    return ids[1] if ids is not None else None
+
+
+def _ids_of_span(span: Span) -> dict[str, object]:
+    ids = ids_of(span.get_span_context())
+    return {"trace_id": ids[0], "span_id": ids[1]} if ids is not None else {}
+
+
+def _failed(span: Span, type: str, error_class: str) -> None:
+    """A span's operation failed, and the exception belongs to a span inside of it."""
+    span.set_status(Status(StatusCode.ERROR, type))
+    span.set_attributes({"error.type": type, "sereno.error.class": error_class})
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1_000_000_000)
