@@ -251,10 +251,9 @@ class Family:
 
     def _add(self, metric: _Collected, labels: dict[str, str], series: _Series) -> None:
         if self._counter:
-            metric.add_sample(
-                f"{self._name}_total", labels, series.value, None, series.exemplars.get(0)
-            )
-            metric.moved |= series.value > 0
+            value = series.current()
+            metric.add_sample(f"{self._name}_total", labels, value, None, series.exemplars.get(0))
+            metric.moved |= value > 0
             return
         if not self._bounds:
             value = series.current()

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
@@ -30,6 +29,7 @@ from opentelemetry.trace import (
 
 from telemetry.contract import classify, error_text, error_type
 from telemetry.langchain import Witness, current_witness
+from telemetry.lost import Lost
 from telemetry.metrics import Metrics
 from telemetry.observations import (
     AttemptEnded,
@@ -46,7 +46,7 @@ from telemetry.observations import (
 )
 from telemetry.tracing import Tracing, exemplar, ids_of, set_error
 
-__all__ = ["Lost", "LostNode", "Segment", "Segments", "current_segment"]
+__all__ = ["Segment", "Segments", "current_segment"]
 
 #: The segment that the current code belongs to.
 current_segment: ContextVar[Segment | None] = ContextVar("sereno_segment", default=None)
@@ -68,34 +68,6 @@ def _no_lines(
     seen: Observation, *, span_id: str | None = None, node_span_id: str | None = None
 ) -> bool:
     return True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LostNode:
-    """A node that was open when its process died, as its lines tell. Times in unix seconds."""
-
-    visit: Visit
-    span: SpanContext
-    #: The span around it; None for the segment's.
-    parent: SpanContext | None
-    since: float
-    #: Its latest attempt.
-    attempt: int
-    #: None when it was in a back-off.
-    attempt_span: SpanContext | None
-    attempt_since: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
-    """A segment whose process died, as its lines tell. Times in unix seconds."""
-
-    context: SpanContext
-    parent: SpanContext | None
-    since: float
-    #: The end of its lease.
-    until: float
-    nodes: Sequence[LostNode]
 
 
 class _Node:
@@ -280,7 +252,7 @@ class Segments:
                 "sereno.graph.version": version,
             },
             links=links,
-            start_ns=_ns(start) if start is not None else None,
+            start_ns=round(start * 1e9) if start is not None else None,
         )
         return Segment(self, attributes, span)
 
@@ -373,7 +345,7 @@ class Segment:
             "Run lost", event_type="run.lost", **self.line_ids, **self._where, epoch=epoch
         )
         if lost is not None:
-            self._write_lost(lost, epoch)
+            lost.write(self._all.tracing, {**self.attributes, "sereno.run.epoch": epoch})
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -797,57 +769,6 @@ class Segment:
             if self._all.open.get(self.run_id) is self:
                 del self._all.open[self.run_id]
 
-    def _write_lost(self, lost: Lost, epoch: int) -> None:
-        """The spans that a dead process could not end."""
-        write = self._all.tracing.write
-        attributes = {**self.attributes, "sereno.run.epoch": epoch}
-        for node in lost.nodes:
-            below = {
-                **attributes,
-                "sereno.node.name": node.visit.node,
-                "sereno.node.path": node.visit.label,
-            }
-            if node.attempt_span is not None:
-                write(
-                    f"attempt {node.visit.node}",
-                    context=node.attempt_span,
-                    parent=node.span,
-                    attributes={
-                        **below,
-                        "sereno.attempt.number": node.attempt,
-                        "sereno.attempt.layer": "node",
-                        "sereno.attempt.outcome": "lost",
-                        "sereno.attempt.will_retry": False,
-                    },
-                    start_ns=_ns(node.attempt_since),
-                    end_ns=_ns(lost.until),
-                    error="worker_lost",
-                )
-            write(
-                f"node {node.visit.node}",
-                context=node.span,
-                parent=node.parent or lost.context,
-                attributes={
-                    **below,
-                    "sereno.task.id": node.visit.task,
-                    "sereno.step": node.visit.step,
-                    "sereno.node.attempts": node.attempt,
-                    "sereno.node.outcome": "lost",
-                },
-                start_ns=_ns(node.since),
-                end_ns=_ns(lost.until),
-                error="worker_lost",
-            )
-        write(
-            f"run {self.graph}",
-            context=lost.context,
-            parent=lost.parent,
-            attributes={**attributes, "sereno.run.outcome": "lost"},
-            start_ns=_ns(lost.since),
-            end_ns=_ns(lost.until),
-            error="worker_lost",
-        )
-
 
 _TOLD: dict[type, Callable[[Segment, Any], None]] = {
     AttemptStarted: Segment._attempt_started,
@@ -874,7 +795,3 @@ def _failed(span: Span, type: str, error_class: str) -> None:
     """A span's operation failed, and the exception belongs to a span inside of it."""
     span.set_status(Status(StatusCode.ERROR, type))
     span.set_attributes({"error.type": type, "sereno.error.class": error_class})
-
-
-def _ns(seconds: float) -> int:
-    return round(seconds * 1_000_000_000)

@@ -92,6 +92,12 @@ def test_every_declared_family_is_announced(metrics: Metrics) -> None:
     assert announced >= {contract.PREFIX + metric.name for metric in contract.METRICS}
 
 
+def test_a_counter_that_somebody_else_keeps_is_read_at_scrape_time(metrics: Metrics) -> None:
+    metrics["encoder_fallbacks_total"].watch(lambda: 3)
+
+    assert "sereno_encoder_fallbacks_total 3.0" in text(metrics).splitlines()
+
+
 @pytest.mark.parametrize(
     "misuse",
     [
@@ -105,7 +111,7 @@ def test_every_declared_family_is_announced(metrics: Metrics) -> None:
         pytest.param(lambda m: m["runs_started_total"].dec("g", "api"), id="counter down"),
         pytest.param(lambda m: m["runs_started_total"].set(1, "g", "api"), id="counter set"),
         pytest.param(lambda m: m["runs_started_total"].observe(1, "g", "api"), id="not histogram"),
-        pytest.param(lambda m: m["runs_started_total"].watch(int, "g", "api"), id="not a gauge"),
+        pytest.param(lambda m: m["run_queue_wait_seconds"].watch(int, "g"), id="not to be read"),
         pytest.param(lambda m: m["runs_active"].inc("g", by=math.nan), id="gauge by NaN"),
         pytest.param(lambda m: m["runs_active"].set(None, "g"), id="gauge to nothing"),
         pytest.param(lambda m: m["run_queue_wait_seconds"].observe(math.nan, "g"), id="NaN seen"),

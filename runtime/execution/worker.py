@@ -40,9 +40,10 @@ from runtime.settings import Settings
 from telemetry.contract import classify, error_type
 from telemetry.encoding import JsonEncoder
 from telemetry.langgraph import current_attempt
+from telemetry.lost import Lost, LostNode
 from telemetry.metrics import Metrics
 from telemetry.observations import Visit
-from telemetry.segments import Lost, LostNode, Segment, Segments, current_segment
+from telemetry.segments import Segment, Segments, current_segment
 from telemetry.tracing import Tracing, ids_of, read_traceparent
 
 __all__ = ["NodeExecutor", "Worker"]
