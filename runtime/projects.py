@@ -71,6 +71,8 @@ class Project(MetaPathFinder):
             spec = spec_from_file_location(name, path, loader=loader)
             assert spec is not None
             module = module_from_spec(spec)
+            # How telemetry names the functions in it.
+            module.__dict__["sereno_module"] = path.stem
             # Before it runs: dataclasses and type hints look their module up.
             sys.modules[name] = module
             self._names.add(name)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import sys
 import threading
 import time
 import uuid
@@ -329,7 +330,10 @@ def _call_name(state: Any, node: str | None) -> str:
         function = function.func
     if not hasattr(function, "__qualname__"):
         function = type(function)
-    return f"{function.__module__}.{function.__qualname__}"
+    module = sys.modules.get(function.__module__)
+    # A file that was loaded under a private name says by which one it is known.
+    known = getattr(module, "sereno_module", None)
+    return f"{known or function.__module__}.{function.__qualname__}"
 
 
 def _bounded(name: str) -> str:

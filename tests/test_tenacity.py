@@ -8,6 +8,7 @@ import gc
 import operator
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -32,6 +33,7 @@ from typing_extensions import TypedDict
 
 import telemetry.langgraph
 import telemetry.tenacity
+from runtime.projects import Project
 from telemetry.langgraph import SeamMismatch, listen
 from telemetry.observations import (
     CallAttemptEnded,
@@ -518,6 +520,15 @@ class TestNames:
         Retrying()(functools.partial(call))
 
         assert {o.call for o in seen.observations} == {"crm.lookup"}
+
+    def test_a_graph_file_names_its_calls_by_the_file(self, seen: Seen, tmp_path: Path) -> None:
+        """It is loaded under a private name, which would be another one for each place."""
+        (tmp_path / "agents.py").write_text("def lookup(): return 1\n")
+        project = Project("key", tmp_path, (str(tmp_path),))
+        with project.importable():
+            Retrying()(project.load_file(tmp_path / "agents.py").lookup)
+
+        assert seen.last.call == "agents.lookup"
 
     def test_a_bare_loop_has_the_name_that_it_was_given(self, seen: Seen) -> None:
         for attempt in Retrying(name="crm"):
