@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-process bench lint types check lock clean
+.PHONY: run test test-process bench bench-telemetry lint types check lock clean
 
 run: $(READY)  ## serve the examples on port 8009
 	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json
@@ -17,6 +17,9 @@ test-process: $(READY)  ## tests that start, kill and restart real servers on fr
 
 bench: $(READY)  ## ratios against a naive server, in one run
 	$(BIN)/python -m benchmarks
+
+bench-telemetry: $(READY)  ## what telemetry costs: on against off, and under a scrape
+	$(BIN)/python -m benchmarks.telemetry
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

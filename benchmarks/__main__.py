@@ -9,23 +9,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
-import platform
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from benchmarks.client import burst, first_lines, open_stream
 from benchmarks.graphs import EVENTS
+from benchmarks.processes import cpu_seconds, machine, serving
 from benchmarks.servers import KINDS
 
 CONCURRENCY = (1, 16, 64)
@@ -41,9 +35,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     arguments = parser.parse_args()
-    print(_machine())
+    print(machine())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        ports = {kind: stack.enter_context(_serving(kind, folder)) for kind in arguments.kinds}
+        ports = {
+            kind: stack.enter_context(serving(kind, Path(folder) / kind))
+            for kind in arguments.kinds
+        }
         figures = asyncio.run(_measure(ports, arguments.rounds))
     _print(figures, arguments.kinds)
 
@@ -61,14 +58,14 @@ async def _measure(
         for concurrency in CONCURRENCY:
             for graph in ("chain", "events"):
                 for kind, (port, process) in ports.items():
-                    cpu = _cpu(process)
+                    cpu = cpu_seconds(process)
                     done = await burst(port, graph, runs=RUNS[concurrency], concurrency=concurrency)
                     rate = done.runs / done.seconds
                     samples[f"{graph} at {concurrency} (runs/s)", kind].append(rate)
                     if graph == "events":
                         samples[f"events at {concurrency} (events/s)", kind].append(rate * EVENTS)
                     if concurrency == 16:
-                        spent = (_cpu(process) - cpu) / done.runs * 1e3
+                        spent = (cpu_seconds(process) - cpu) / done.runs * 1e3
                         samples[f"{graph} at 16 (CPU ms a run)", kind].append(spent)
         for kind, (port, _) in ports.items():
             for _ in range(10):
@@ -97,44 +94,6 @@ def _print(figures: dict[tuple[str, str], float], kinds: list[str]) -> None:
             base = figures[row, kind]
             cells.append(f"{figures[row, 'sereno'] / base:.2f}×" if base > 0 else "")
         print(f"| {row} | {' | '.join(cells)} |")
-
-
-@contextlib.contextmanager
-def _serving(kind: str, folder: str) -> Iterator[tuple[int, psutil.Process]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = Path(folder) / kind
-    own.mkdir()
-    command = [sys.executable, "-m", "benchmarks.servers", kind, str(port), str(own)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": "."})
-    try:
-        for _ in range(200):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-                break
-            time.sleep(0.1)
-        else:
-            raise RuntimeError(f"{kind} did not start")
-        yield port, psutil.Process(process.pid)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
-
-
-def _machine() -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return (
-        f"commit {commit or '?'}, Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
-    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class State(TypedDict, total=False):
     log: Annotated[list[str], operator.add]
 
 
-def _chain() -> StateGraph:
+def _chain() -> StateGraph[State]:
     builder, previous = StateGraph(State), START
     for index in range(NODES):
         name = f"n{index}"

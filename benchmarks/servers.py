@@ -20,9 +20,8 @@ from fastapi.responses import StreamingResponse
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from benchmarks import graphs
-from runtime.app import create_app
+from runtime.app import serve
 from runtime.settings import load
-from telemetry import logs
 
 KINDS = ("sereno", "naive", "naive+sqlite")
 MODES = ["updates", "messages", "custom"]
@@ -30,16 +29,24 @@ MODES = ["updates", "messages", "custom"]
 
 def main(kind: str, port: int, folder: str) -> None:
     """Serve one kind."""
-    app = sereno(folder) if kind == "sereno" else naive(folder, durable=kind == "naive+sqlite")
-    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+    if kind == "sereno":
+        sereno(port, folder)
+    else:
+        app = naive(folder, durable=kind == "naive+sqlite")
+        uvicorn.run(app, port=port, log_level="warning", access_log=False)
 
 
-def sereno(folder: str) -> Any:
-    """Sereno as `sereno serve` has it."""
-    logs.configure(level="WARNING")
+def sereno(port: int, folder: str) -> None:
+    """What `sereno serve` does, the admin listener on a free port included."""
     here = Path(__file__).parent / "graphs.py"
-    settings = load(engine=f"sqlite:///{folder}/sereno.db", slots=256)
-    return create_app(settings, [f"{name}={here}:{name}" for name in ("chain", "events", "idle")])
+    settings = load(
+        port=port,
+        admin_port=0,
+        engine=f"sqlite:///{folder}/sereno.db",
+        slots=256,
+        log_level="WARNING",
+    )
+    serve(settings, [f"{name}={here}:{name}" for name in ("chain", "events", "idle")])
 
 
 def naive(folder: str, *, durable: bool) -> Any:

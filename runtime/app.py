@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import platform
 import time
@@ -296,6 +297,9 @@ async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Ser
     async with open_services(settings, sources) as (services, worker, telemetry):
         app = _routes(settings)
         _attach(app, services, worker, telemetry)
+        # What was loaded stays: a full collection need not stop the loop to look at it again.
+        gc.collect()
+        gc.freeze()
         server = Server(
             uvicorn.Config(
                 app,

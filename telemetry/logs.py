@@ -72,6 +72,15 @@ _PATIENCE = 2.0
 _RETRY = 0.02
 _LONGEST_MESSAGE = 2_000
 
+#: Others say once more what we tell of: each request, each retry, each export that failed
+#: (`telemetry.degraded`). Unless somebody debugs, they begin at this level.
+_OTHERS = {
+    "httpx": logging.WARNING,
+    "httpx2": logging.WARNING,
+    "langgraph.pregel._retry": logging.WARNING,
+    "opentelemetry.exporter.otlp": logging.CRITICAL,
+}
+
 #: An exporter in trouble says so with every batch: of a kind, one passes in that many seconds.
 _NOISY = "opentelemetry"
 _QUIET = 300.0
@@ -250,11 +259,10 @@ def _configure_logging(level: int, handler: _Handler, undo: ExitStack) -> None:
         # We write our own access line; without a handler uvicorn does not even make its.
         logger.disabled = name == "uvicorn.access"
         logger.propagate = not logger.disabled
-    # A line at INFO for every request, and for every retry that we tell of ourselves.
-    for name in ("httpx", "httpx2", "langgraph.pregel._retry"):
+    for name, floor in _OTHERS.items():
         logger = logging.getLogger(name)
         _remember(logger, undo)
-        logger.setLevel(level if level < logging.INFO else max(level, logging.WARNING))
+        logger.setLevel(level if level < logging.INFO else max(level, floor))
     logging.captureWarnings(True)
     undo.callback(logging.captureWarnings, False)
 
