@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import platform
 import time
@@ -45,16 +44,17 @@ from runtime.graphs import Graphs
 from runtime.settings import Settings
 from runtime.transports.ndjson import Ndjson
 from runtime.transports.seed import SeedNdjson
-from telemetry import http, logs
+from telemetry import http, logs, selftest
 from telemetry import langchain as langchain_seam
-from telemetry import langgraph as langgraph_seam
 from telemetry import tenacity as tenacity_seam
 from telemetry.admin import AdminListener
 from telemetry.contract import VERSION as CONTRACT_VERSION
 from telemetry.encoding import JsonEncoder
 from telemetry.health import Checks
+from telemetry.langgraph import SeamMismatch
 from telemetry.metrics import Metrics
 from telemetry.probes import Probes
+from telemetry.selftest import Wrap
 from telemetry.setup import Telemetry, TelemetryConfig, log_ids
 from telemetry.tracing import read_traceparent
 
@@ -117,12 +117,14 @@ async def open_services(
             f"SERENO_HOST: {settings.host} is reachable by others and there are no API keys yet; "
             "listen on 127.0.0.1, or say --insecure"
         )
-    observe(settings)
+    wrap = await observe(settings)
     encoder, checks = JsonEncoder(), Checks()
     async with AsyncExitStack() as stack:
         telemetry = await stack.enter_async_context(Telemetry(_config(settings)))
         metrics = telemetry.metrics
-        graphs = await stack.enter_async_context(Graphs(sources, lenient=settings.lenient))
+        graphs = await stack.enter_async_context(
+            Graphs(sources, lenient=settings.lenient, wrap=wrap)
+        )
         store = engine or engines.create(
             settings.engine,
             serde=StrictSerializer.allowing(settings.serde_allow),
@@ -135,7 +137,7 @@ async def open_services(
             raise StoreUnusable(f"SERENO_ENGINE: {settings.engine}: {exc}") from exc
         worker = Worker(store, graphs, settings, encoder=encoder, segments=telemetry.segments)
         await stack.enter_async_context(worker)
-        _describe(telemetry, settings, graphs, worker, encoder)
+        _describe(telemetry, settings, graphs, worker, encoder, seam=_seam(wrap))
         _register_checks(checks, store, graphs, worker, metrics)
         probes = Probes(metrics)
         engine_probes.register(probes, store, graphs=graphs.names(), queue_max=settings.queue_max)
@@ -165,7 +167,7 @@ async def open_services(
                 recorded=lambda run_id: telemetry.recorder.run(
                     run_id, telemetry.tracing.open_spans(run_id)
                 ),
-                info=_info(settings, graphs, store),
+                info=_info(settings, graphs, store, seam=_seam(wrap)),
             ),
             worker,
             telemetry,
@@ -188,7 +190,13 @@ def _config(settings: Settings) -> TelemetryConfig:
 
 
 def _describe(
-    telemetry: Telemetry, settings: Settings, graphs: Graphs, worker: Worker, encoder: JsonEncoder
+    telemetry: Telemetry,
+    settings: Settings,
+    graphs: Graphs,
+    worker: Worker,
+    encoder: JsonEncoder,
+    *,
+    seam: str,
 ) -> None:
     """What metrics say of this server from the start, and what they read when asked."""
     metrics = telemetry.metrics
@@ -210,20 +218,26 @@ def _describe(
         slots=str(settings.slots),
         semconv=settings.semconv,
         trace_trust=settings.trace_trust,
+        seam=seam,
     )
     metrics["insecure"].set(0 if settings.loopback else 1)
     metrics["start_time_seconds"].set(time.time())
 
 
-def observe(settings: Settings) -> None:
-    """Install the seams. Raises SeamBroken."""
+async def observe(settings: Settings) -> Wrap | None:
+    """Install the seams. What graphs are to be wrapped with, if need be. Raises SeamBroken."""
     try:
-        langgraph_seam.install()
         tenacity_seam.install(guard=settings.tenacity_guard)
         langchain_seam.install()
         mend_langgraph()
-    except langgraph_seam.SeamMismatch as exc:
+        return await selftest.observe()
+    except SeamMismatch as exc:
         raise SeamBroken(str(exc)) from exc
+
+
+def _seam(wrap: Wrap | None) -> str:
+    """How nodes are seen."""
+    return "installed" if wrap is None else "wrapped"
 
 
 class BodyLimit:
@@ -297,9 +311,6 @@ async def _serve(settings: Settings, sources: Sequence[str | Path]) -> tuple[Ser
     async with open_services(settings, sources) as (services, worker, telemetry):
         app = _routes(settings)
         _attach(app, services, worker, telemetry)
-        # What was loaded stays: a full collection need not stop the loop to look at it again.
-        gc.collect()
-        gc.freeze()
         server = Server(
             uvicorn.Config(
                 app,
@@ -431,13 +442,14 @@ def _passes(checks: Checks, name: str) -> float:
     return float(any(r["name"] == name and r["status"] == "pass" for r in checks.ready()))
 
 
-def _info(settings: Settings, graphs: Graphs, engine: Engine) -> dict[str, Any]:
+def _info(settings: Settings, graphs: Graphs, engine: Engine, *, seam: str) -> dict[str, Any]:
     return {
         "name": "sereno",
         "version": version("sereno"),
         "contract": CONTRACT_VERSION,
         "python": platform.python_version(),
         "langgraph": version("langgraph"),
+        "seam": seam,
         "engine": settings.engine.partition(":")[0],
         "log_id": engine.log_id,
         "graphs": list(graphs.names()),

@@ -47,6 +47,11 @@ log = structlog.get_logger("graphs")
 
 Graph: TypeAlias = Pregel[Any, Any, Any, Any]
 Factory: TypeAlias = Callable[[RunnableConfig], Any]
+Wrap: TypeAlias = Callable[[Graph], Graph]
+
+
+def _as_it_is(graph: Graph) -> Graph:
+    return graph
 
 
 class Graphs:
@@ -54,12 +59,16 @@ class Graphs:
 
     A source is the path of a `langgraph.json` (or of its folder), or `[name=]module:attr` or
     `[name=]./file.py:attr`, relative to the working directory. A graph that cannot be loaded
-    raises `GraphLoadFailed`; with `lenient` it is only named in `failures`.
+    raises `GraphLoadFailed`; with `lenient` it is only named in `failures`. What runs has gone
+    through `wrap`.
     """
 
-    def __init__(self, sources: Sequence[str | Path], lenient: bool = False) -> None:
+    def __init__(
+        self, sources: Sequence[str | Path], lenient: bool = False, *, wrap: Wrap | None = None
+    ) -> None:
         self._sources = sources
         self._lenient = lenient
+        self._wrap = wrap or _as_it_is
         self._loaded: dict[str, LoadedGraph] = {}
         self._held = AsyncExitStack()
         #: Graph name → why it is not served. Filled only when lenient.
@@ -75,7 +84,7 @@ class Graphs:
                 held.enter_context(project.importable())
             for entry in entries:
                 try:
-                    self._loaded[entry.name] = await _load(entry, held)
+                    self._loaded[entry.name] = await _load(entry, held, self._wrap)
                 except GraphLoadFailed as exc:
                     if not self._lenient:
                         raise
@@ -134,6 +143,8 @@ class LoadedGraph:
     graph: Graph = field(repr=False)
     #: Set when each run gets a graph of its own.
     factory: Factory | None = field(repr=False)
+    #: What a graph of its own goes through before it runs.
+    wrap: Wrap = field(default=_as_it_is, repr=False, compare=False)
     #: What `schema` has worked out.
     _schema: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -149,7 +160,7 @@ class LoadedGraph:
         async with AsyncExitStack() as held:
             with _blaming(self.name, self.source):
                 made = _without_checkpointer(await _enter(self.factory(config), held))
-            yield made
+            yield self.wrap(made)
 
     def node_paths(self) -> tuple[str, ...]:
         """The nodes and those of subgraphs, as telemetry calls them: names joined by `/`."""
@@ -344,7 +355,7 @@ class _Environment:
 # Loading: from an entry to a graph.
 
 
-async def _load(entry: _Entry, held: AsyncExitStack) -> LoadedGraph:
+async def _load(entry: _Entry, held: AsyncExitStack, wrap: Wrap) -> LoadedGraph:
     """Builds one graph; what it has opened is closed by `held`, or at once if it fails."""
     async with AsyncExitStack() as opened:
         with _blaming(entry.name, entry.source):
@@ -357,7 +368,7 @@ async def _load(entry: _Entry, held: AsyncExitStack) -> LoadedGraph:
             else:
                 async with AsyncExitStack() as trial:
                     graph = await _enter(factory({"configurable": {}}), trial)
-            loaded = _describe(entry, graph, factory)
+            loaded = _describe(entry, graph, factory, wrap)
         held.push_async_exit(opened.pop_all())
     return loaded
 
@@ -431,7 +442,7 @@ async def _enter(made: Any, held: AsyncExitStack) -> Graph:
     return made
 
 
-def _describe(entry: _Entry, graph: Graph, factory: Factory | None) -> LoadedGraph:
+def _describe(entry: _Entry, graph: Graph, factory: Factory | None, wrap: Wrap) -> LoadedGraph:
     if graph.checkpointer is not None:
         log.info("own checkpointer replaced", graph=entry.name)
     return LoadedGraph(
@@ -443,8 +454,9 @@ def _describe(entry: _Entry, graph: Graph, factory: Factory | None) -> LoadedGra
         nodes=_visible(graph),
         interrupt_before=_stops(graph, graph.interrupt_before_nodes),
         interrupt_after=_stops(graph, graph.interrupt_after_nodes),
-        graph=_without_checkpointer(graph),
+        graph=wrap(_without_checkpointer(graph)),
         factory=factory,
+        wrap=wrap,
     )
 
 

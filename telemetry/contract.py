@@ -752,9 +752,12 @@ METRIC_GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "config_info",
             "info",
             "How is it set up?",
-            tuple(
-                Label(name, source="the settings")
-                for name in ("engine", "durability", "slots", "semconv", "trace_trust")
+            (
+                *(
+                    Label(name, source="the settings")
+                    for name in ("engine", "durability", "slots", "semconv", "trace_trust")
+                ),
+                Label("seam", source="how nodes are seen: `installed` or `wrapped`"),
             ),
         ),
         Metric("insecure", "gauge", "Is the API open to others without keys?"),
@@ -939,7 +942,13 @@ ATTRIBUTES: tuple[Attribute, ...] = (
 #: Of a link between spans.
 LINK_KINDS = ("previous_segment", "resume_of", "run", "remote")
 #: Of the one span event there is, `exception`, on the innermost span that owns it.
-EXCEPTION_ATTRIBUTES = ("exception.type", "exception.message", "exception.stacktrace")
+EXCEPTION_ATTRIBUTES = (
+    "exception.type",
+    "exception.message",
+    "exception.stacktrace",
+    "exception.escaped",  # of instrumentations that are not ours
+    "sereno.truncated",
+)
 #: Log key → span attribute.
 LOG_KEYS: Mapping[str, str] = MappingProxyType(
     {attribute.log: attribute.name for attribute in ATTRIBUTES if attribute.log}
@@ -1170,8 +1179,14 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
     LogEvent("run.recovered", "INFO", "It was claimed again.", (*_OF_RUN, "epoch")),
     LogEvent("run.requeued", "INFO", "A drain gave it back.", (*_OF_RUN, "status"), _ENDED),
     LogEvent("run.completed", "INFO", "It ended with success.", _TERMINAL),
-    LogEvent("run.failed", "WARNING", "It ended with an error.", (*_TERMINAL, *_OF_ERROR)),
-    LogEvent("run.timed_out", "WARNING", "Its deadline passed.", _TERMINAL, _OF_ERROR),
+    LogEvent(
+        "run.failed",
+        "WARNING",
+        "It ended with an error.",
+        (*_TERMINAL, *_OF_ERROR),
+        ("code", "node", "task"),
+    ),
+    LogEvent("run.timed_out", "WARNING", "Its deadline passed.", _TERMINAL, (*_OF_ERROR, "code")),
     LogEvent("run.cancelled", "INFO", "Somebody asked for its end.", _TERMINAL),
     LogEvent("run.interrupted", "INFO", "It waits for a human.", _TERMINAL),
     LogEvent("run.lost", "WARNING", "A segment died with its process.", (*_OF_RUN, "epoch")),
@@ -1253,8 +1268,8 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
         "telemetry.degraded",
         "WARNING",
         "Telemetry is lost: one record for an outage, not one for each failure.",
-        ("dropped",),
-        ("signal", "reason", "outage_s", "failed"),
+        (),
+        ("signal", "reason", "outage_s", "failed", "dropped", "remedy"),
     ),
     LogEvent(
         "telemetry.recovered",

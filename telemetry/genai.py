@@ -17,10 +17,8 @@ from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     Span,
-    SpanContext,
     SpanKind,
     StatusCode,
-    get_current_span,
     set_span_in_context,
 )
 
@@ -120,7 +118,7 @@ class _Operation:
         self.span = genai.tracing.start(
             name,
             kind=kind,
-            parent=_parent(segment),
+            parent=segment.around(),
             attributes=attributes if genai.dialect else None,
         )
         self.context: Context = set_span_in_context(self.span)
@@ -201,12 +199,6 @@ class _Tool(_Operation):
             self.span.set_status(StatusCode.ERROR, "the tool answered with an error")
         took = self.finish(error)
         self.genai.tool_duration.observe(took, self.segment.graph, self._name, outcome)
-
-
-def _parent(segment: Segment) -> SpanContext:
-    """What is current, if it belongs to the run's trace."""
-    around = get_current_span().get_span_context()
-    return around if around.trace_id == segment.context.trace_id else segment.context
 
 
 def _outcome(error: BaseException) -> ToolOutcome:

@@ -45,6 +45,7 @@ from structlog.contextvars import merge_contextvars
 from structlog.processors import StackInfoRenderer
 from structlog.typing import EventDict
 
+from telemetry.contract import classify
 from telemetry.encoding import JsonEncoder
 from telemetry.stacks import stack
 
@@ -80,6 +81,8 @@ _OTHERS = {
     "langgraph.pregel._retry": logging.WARNING,
     "opentelemetry.exporter.otlp": logging.CRITICAL,
 }
+#: These put an exception's message into their own, whatever it quotes.
+_QUOTING = {"langgraph.pregel._retry"}
 
 #: An exporter in trouble says so with every batch: of a kind, one passes in that many seconds.
 _NOISY = "opentelemetry"
@@ -262,7 +265,8 @@ def _configure_logging(level: int, handler: _Handler, undo: ExitStack) -> None:
     for name, floor in _OTHERS.items():
         logger = logging.getLogger(name)
         _remember(logger, undo)
-        logger.setLevel(level if level < logging.INFO else max(level, floor))
+        debugging = level < logging.INFO and name not in _QUOTING
+        logger.setLevel(level if debugging else max(level, floor))
     logging.captureWarnings(True)
     undo.callback(logging.captureWarnings, False)
 
@@ -394,7 +398,7 @@ class _Lines:
 
     def _exception(self, error: BaseException) -> dict[str, str]:
         shown = {"type": type(error).__name__}
-        if self._messages:
+        if self._messages and classify(error) != "validation":
             shown["message"] = _text(error)[:_LONGEST_MESSAGE]
         return {**shown, "stack": stack(error, messages=self._messages)}
 

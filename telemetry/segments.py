@@ -464,7 +464,7 @@ class Segment:
         attributes = self.node_attributes(visit)
         span = self._all.tracing.start(
             f"node {visit.node}",
-            parent=self._around(),
+            parent=self.around(),
             attributes={
                 **attributes,
                 "sereno.task.id": visit.task,
@@ -473,11 +473,14 @@ class Segment:
         )
         return _Node(visit, span, attributes)
 
-    def _around(self) -> SpanContext:
+    def around(self) -> SpanContext:
         """What is current, if it belongs to the run's trace: in a subgraph the calling attempt, or
-        what is inside of that."""
-        around = get_current_span().get_span_context()
-        return around if around.trace_id == self.context.trace_id else self.context
+        what is inside of that. In a trace of the user's own it is the innermost attempt."""
+        inside = _inside.get()
+        for span in (get_current_span(), inside.span if inside is not None else None):
+            if span is not None and span.get_span_context().trace_id == self.context.trace_id:
+                return span.get_span_context()
+        return self.context
 
     def _attempt_ended(self, seen: AttemptEnded) -> None:
         node = self._nodes.get(seen.visit.task)
@@ -542,8 +545,11 @@ class Segment:
             return
         if node.attempt is not None:  # its end was not told, as after an error in a listener
             self._end_attempt(node, node.attempt, "cancelled")
+        outcome: str = seen.outcome
+        if outcome in ("cancelled", "drained"):  # a cancel drains too, and a drain may cancel
+            outcome = "drained" if self.stopping == "shutdown" else "cancelled"
         if self.lines(seen):
-            self._end_node(node, seen.outcome, seen.error)
+            self._end_node(node, outcome, seen.error)
 
     def _end_node(self, node: _Node, outcome: str, error: BaseException | None = None) -> None:
         del self._nodes[node.visit.task]
@@ -600,7 +606,7 @@ class Segment:
             waited = time.perf_counter() - sleep.since
             attributes["sereno.attempt.wait_before_s"] = round(waited, 6)
         span = self._all.tracing.start(
-            f"attempt {seen.call}", parent=self._around(), attributes=attributes
+            f"attempt {seen.call}", parent=self.around(), attributes=attributes
         )
         if not self.lines(seen, span_id=_hex(span)):
             self._all.tracing.discard(span)

@@ -6,20 +6,28 @@ import textwrap
 import traceback
 from collections.abc import Iterator
 
-__all__ = ["stack"]
+from telemetry.contract import classify
+
+__all__ = ["quotes", "stack"]
 
 _LONGEST = 16_000
 #: How far causes and groups are followed where messages are left out.
 _DEEPEST = 25
 _WIDEST = 15
+#: How many exceptions of a chain are asked whether they quote the input.
+_MOST_QUOTED = 100
 
 _CAUSE = "\nThe exception above caused this one:\n\n"
 _CONTEXT = "\nWhile the exception above was handled, this one happened:\n\n"
 
 
 def stack(error: BaseException, *, messages: bool = True) -> str:
-    """The stack of an error, its causes and its group, cut in the middle. Never raises."""
+    """The stack of an error, its causes and its group, cut in the middle. Never raises.
+
+    Without messages, too, where one of them quotes the input.
+    """
     try:
+        messages = messages and not quotes(error)
         text = "".join(traceback.format_exception(error) if messages else _types(error, 0, set()))
     except Exception:  # a hostile cause or note
         return ""
@@ -27,6 +35,23 @@ def stack(error: BaseException, *, messages: bool = True) -> str:
         half = _LONGEST // 2
         text = f"{text[:half]}\n…\n{text[-half:]}"
     return text
+
+
+def quotes(error: BaseException) -> bool:
+    """Whether something in an error's chain did not validate: its message quotes the input."""
+    seen: set[int] = set()
+    left: list[BaseException] = [error]
+    while left and len(seen) < _MOST_QUOTED:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if classify(one) == "validation":
+            return True
+        left += [e for e in (one.__cause__, one.__context__) if e is not None]
+        if isinstance(one, BaseExceptionGroup):
+            left += one.exceptions
+    return False
 
 
 def _types(error: BaseException, depth: int, seen: set[int]) -> Iterator[str]:

@@ -56,6 +56,7 @@ from opentelemetry.trace import (
 from telemetry.contract import VERSION, classify, error_text, error_type
 from telemetry.exporting import Exporting, otlp_exporter
 from telemetry.selfwatch import Selfwatch
+from telemetry.stacks import quotes
 
 __all__ = [
     "LONGEST_TEXT",
@@ -532,6 +533,7 @@ def _exception_attributes(exc: BaseException, messages: bool) -> dict[str, Any]:
     attributes: dict[str, Any] = {"exception.type": f"{module}{kind.__qualname__}"}
     if messages:
         attributes["exception.message"] = error_text(exc)
+    if messages and not quotes(exc):
         lines = traceback.format_exception(exc, limit=-_FRAMES)
     else:  # neither the message, nor that of a cause, nor a note
         lines = traceback.format_tb(exc.__traceback__, limit=-_FRAMES)

@@ -111,6 +111,7 @@ class Runner:
         if not self._stop.done():
             self._stop.set_result(stop)
             self.segment.stopping = _CANCEL_REASONS.get(stop.kind)
+            self.feed.draining = stop.kind == "drain"
 
     async def execute(self) -> Outcome | None:
         """Run to the end of this epoch. None when the lease was lost: another one writes."""
@@ -139,7 +140,6 @@ class Runner:
         """
         self._control.request_drain(stop.kind)
         if stop.kind == "drain":
-            self.feed.draining = True
             await asyncio.wait({drive}, timeout=self._settings.drain_s)
         if not drive.done():
             drive.cancel()
