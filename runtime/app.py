@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import platform
 import time
@@ -378,7 +379,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None:
             os._exit(128 + sig)
-        self._draining = self._loop.create_task(self._drain())
+        self._draining = self._loop.create_task(self._drain(), context=contextvars.Context())
         self._loop.call_soon_threadsafe(lambda: None)  # a signal alone does not wake the loop
 
     async def _drain(self) -> None:

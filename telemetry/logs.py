@@ -167,9 +167,9 @@ class Logs:
         self, timeout: float = _PATIENCE, between: Callable[[], None] = lambda: None
     ) -> None:
         deadline = time.monotonic() + timeout
+        self._outputs.detach(timeout)  # while their complaints can still be written
         for kind, count in self._quiet.rest():
             self._outputs.write(kind.logger, self._lines.suppressed(kind, count))
-        self._outputs.detach(timeout)  # while their complaints can still be written
         between()
         self._writer.close(max(deadline - time.monotonic(), timeout / 4))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opentelemetry.trace import SpanContext
+from opentelemetry.trace import Link, SpanContext
 
 from telemetry.observations import Visit
 from telemetry.tracing import Tracing
@@ -38,6 +38,8 @@ class Lost:
 
     context: SpanContext
     parent: SpanContext | None
+    links: Sequence[Link]
+    trigger: str
     since: float
     #: The end of its lease.
     until: float
@@ -87,7 +89,12 @@ class Lost:
             self.context,
             self.parent,
             self.since,
-            {**attributes, "sereno.run.outcome": "lost"},
+            {
+                **attributes,
+                "sereno.run.trigger": self.trigger,
+                "sereno.run.outcome": "lost",
+            },
+            self.links,
         )
 
     def _write(
@@ -98,12 +105,14 @@ class Lost:
         parent: SpanContext | None,
         since: float,
         attributes: Mapping[str, Any],
+        links: Sequence[Link] = (),
     ) -> None:
         tracing.write(
             name,
             context=context,
             parent=parent,
             attributes={**attributes, "sereno.error.class": _WHY},
+            links=links,
             start_ns=round(since * 1e9),
             end_ns=round(self.until * 1e9),
             error=_WHY,

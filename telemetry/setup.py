@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
+from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor, HTTPXClientInstrumentor
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.trace import SpanContext
 
@@ -98,11 +98,11 @@ class Telemetry:
             stack.push_async_callback(self._export)
             if self.config.instrument_httpx:
                 use_stable_names()
-                httpx = HTTPXClientInstrumentor()
-                httpx.instrument(
-                    tracer_provider=self.tracing.provider, meter_provider=NoOpMeterProvider()
-                )
-                stack.callback(httpx.uninstrument)
+                for client in (HTTPXClientInstrumentor(), HTTPX2ClientInstrumentor()):
+                    client.instrument(
+                        tracer_provider=self.tracing.provider, meter_provider=NoOpMeterProvider()
+                    )
+                    stack.callback(client.uninstrument)
             self.tracing.make_global()
             if (lines := logs.current()) is not None:
                 lost = self.metrics["telemetry_log_dropped_total"]

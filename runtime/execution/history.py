@@ -59,6 +59,8 @@ class History:
         self.trace_id: str | None = None
         self.root_span_id: str | None = None
         self.segment_span_id: str | None = None
+        #: Of the segment before that one.
+        self.previous_span_id: str | None = None
         #: When the latest segment began, in unix seconds.
         self.segment_since = 0.0
         self._queued_at: float | None = None
@@ -136,6 +138,7 @@ class History:
 
     def _segment_began(self, ts: float, where: Mapping[str, Any] | None) -> None:
         self.segment_since = ts
+        self.previous_span_id = self.segment_span_id
         if where is not None:
             self.trace_id, self.segment_span_id = where.get("trace_id"), where.get("span_id")
 

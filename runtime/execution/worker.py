@@ -447,21 +447,16 @@ class Worker:
         self, run: Run, epoch: int, history: History, now: float, version: str = ""
     ) -> Segment:
         """The run's next segment: in the trace of the request that asked for the run."""
-        links = []
-        if (before := _context(history.trace_id, history.segment_span_id)) is not None:
-            links.append(Link(before, {"sereno.link.kind": "previous_segment"}))
-        if (resumed := read_traceparent(run.request.get("resume_of"))) is not None:
-            links.append(Link(resumed, {"sereno.link.kind": "resume_of"}))
         return self._segments.begin(
             run_id=run.run_id,
             thread_id=run.thread_id,
             graph=run.graph,
             epoch=epoch,
-            trigger=run.request.get("trigger", "api") if run.epoch == 0 else "recovery",
+            trigger=_trigger(run, first=run.epoch == 0),
             version=version,
             parent=read_traceparent(run.request.get("traceparent")),
             trace_id=int(history.trace_id, 16) if history.trace_id else None,
-            links=links,
+            links=_links(run, _context(history.trace_id, history.segment_span_id)),
             start=now,
         )
 
@@ -753,10 +748,27 @@ def _lost(run: Run, history: History) -> Lost | None:
     return Lost(
         context=context,
         parent=_context(history.trace_id, history.root_span_id),
+        links=_links(run, _context(history.trace_id, history.previous_span_id)),
+        trigger=_trigger(run, first=run.epoch == 1),
         since=history.segment_since,
         until=run.lease_until or history.segment_since,
         nodes=nodes,
     )
+
+
+def _trigger(run: Run, *, first: bool) -> str:
+    trigger: str = run.request.get("trigger", "api") if first else "recovery"
+    return trigger
+
+
+def _links(run: Run, previous: SpanContext | None) -> list[Link]:
+    """Where a segment of the run leads: to the one before, and to the run that it answers."""
+    links = []
+    if previous is not None:
+        links.append(Link(previous, {"sereno.link.kind": "previous_segment"}))
+    if (resumed := read_traceparent(run.request.get("resume_of"))) is not None:
+        links.append(Link(resumed, {"sereno.link.kind": "resume_of"}))
+    return links
 
 
 def _context(trace_id: str | None, span_id: str | None) -> SpanContext | None:

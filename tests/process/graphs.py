@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
+import httpx2
 from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig
@@ -21,6 +23,7 @@ from langgraph.config import get_stream_writer
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import RetryPolicy, Send, interrupt
+from tenacity import retry, stop_after_attempt
 from typing_extensions import TypedDict
 
 FOLDER = Path.cwd()
@@ -31,6 +34,7 @@ class State(TypedDict, total=False):
     item: int
     size: int
     pad: str
+    url: str
 
 
 def mark(config: RunnableConfig, node: str) -> Path:
@@ -311,3 +315,46 @@ swallowing = _single(swallow, finish)
 blocking = _single(block, finish)
 growing = _single(large, finish)
 talkative = _single(many)
+
+
+# Nodes that ask others: the first with a retried call, the second in a thread.
+
+
+async def fetch(state: State) -> State:
+    url = state["url"]
+
+    @retry(stop=stop_after_attempt(3))
+    async def look_up() -> None:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            (await http.get(f"{url}/look-up")).raise_for_status()
+
+    await look_up()
+    return {"seen": ["fetch"]}
+
+
+def fetch_in_thread(state: State) -> State:
+    with httpx2.Client(trust_env=False) as http:
+        http.get(f"{state['url']}/in-thread").raise_for_status()
+    return {"seen": ["fetch_in_thread"]}
+
+
+calling = _single(fetch, fetch_in_thread)
+
+
+# A node that fails as long as a test holds it, and then waits for very long.
+
+
+async def tire(state: State, config: RunnableConfig) -> State:
+    if mark(config, "tire").exists():
+        raise ConnectionError("not now")
+    return {"seen": ["tire"]}
+
+
+tiring = (
+    StateGraph(State)
+    .add_node(prepare)
+    .add_node("tire", tire, retry_policy=RetryPolicy(initial_interval=3600, jitter=False))
+    .add_edge(START, "prepare")
+    .add_edge("prepare", "tire")
+    .compile()
+)

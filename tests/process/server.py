@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 __all__ = ["GRAPHS", "Reader", "Server", "Zygote", "until"]
 
@@ -68,7 +69,8 @@ class Zygote:
 
 def environment(**more: str) -> dict[str, str]:
     """Ours without settings that would reach the server."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SERENO_", "PYTHON", "LANG"))}
+    ours = ("SERENO_", "OTEL_", "PYTHON", "LANG")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return {**kept, **more}
 
 
@@ -81,6 +83,8 @@ class Server:
         self.env = env
         self.pid = 0
         self.url = ""
+        #: The admin listener.
+        self.admin = ""
         self._zygote = zygote
         self._popen: subprocess.Popen[bytes] | None = None
         self.log_name = "log"
@@ -109,7 +113,7 @@ class Server:
         self._starts += 1
         self.log_file.touch()
         argv = ["serve", *self.sources, "--port", "0", "--engine", "sqlite:///./s.db", *args]
-        variables = {"SERENO_DRAIN_S": "20", **self.env, **env}
+        variables = {"SERENO_DRAIN_S": "20", "SERENO_ADMIN_PORT": "0", **self.env, **env}
         if self._zygote is not None:
             self.pid = self._zygote.ask(
                 argv=argv, env=variables, cwd=str(self.folder), log=str(self.log_file)
@@ -139,6 +143,7 @@ class Server:
             return found
 
         self.url = f"http://127.0.0.1:{until(serving, 'it serves')[-1]['port']}"
+        self.admin = f"http://127.0.0.1:{self.logged('Admin listener')[-1]['port']}"
         return self
 
     @property
@@ -175,11 +180,18 @@ class Server:
 
     def logged(self, msg: str, **fields: Any) -> list[Line]:
         """Log lines of the latest process with this message."""
+        return self._logged(msg=msg, **fields)
+
+    def events(self, event: str, **fields: Any) -> list[Line]:
+        """Log lines of the latest process that tell of this event."""
+        return self._logged(event=event, **fields)
+
+    def _logged(self, **fields: Any) -> list[Line]:
         found = []
         for raw in self.output.splitlines():
             with contextlib.suppress(ValueError):
                 line = json.loads(raw)
-                if line.get("msg") == msg and all(line.get(k) == v for k, v in fields.items()):
+                if all(line.get(k) == v for k, v in fields.items()):
                     found.append(line)
         return found
 
@@ -252,6 +264,21 @@ class Server:
 
         line: Line = until(found, f"{type} {fields or ''} of run {run_id}")
         return line
+
+    def scrape(self, accept: str = "") -> str:
+        """What the admin listener shows of the latest process's metrics."""
+        answer = self.http.get(f"{self.admin}/metrics", headers={"Accept": accept})
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples of this name that have these labels; 0 without any."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.scrape())
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def ready(self) -> dict[str, str]:
         """Failing checks of /readyz, by name."""

@@ -136,7 +136,10 @@ class SqliteEngine:
                 f"{self._path} has schema {meta['schema']}, this version reads {SCHEMA_VERSION}"
             )
         if self._lock is not None:
-            db.execute("UPDATE runs SET lease_until = 0 WHERE terminal IS NULL")
+            db.execute(
+                "UPDATE runs SET lease_until = MIN(lease_until, ?) WHERE terminal IS NULL",
+                (self._clock(),),
+            )
         self._opened = os.stat(self._path)
         return str(meta["log_id"])
 
