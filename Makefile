@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-process bench bench-telemetry lint types check lock clean
+.PHONY: run test test-process stack-test dashboards bench bench-telemetry lint types check lock clean
 
 run: $(READY)  ## serve the examples on port 8009
 	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json
@@ -14,6 +14,12 @@ test: $(READY)  ## isolated tests: no server, no network
 
 test-process: $(READY)  ## tests that start, kill and restart real servers on free ports
 	$(BIN)/pytest tests/process
+
+stack-test: $(READY)  ## what SREs look at, run by the real programs that it is for
+	SERENO_REQUIRE_STACK=1 .ci/programs $(BIN)/pytest tests/stack
+
+dashboards: $(READY)  ## write dashboards/grafana anew
+	$(BIN)/python -m dashboards.src
 
 bench: $(READY)  ## ratios against a naive server, in one run
 	$(BIN)/python -m benchmarks

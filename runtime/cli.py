@@ -25,6 +25,7 @@ from runtime.cli_trace import waterfall
 from runtime.cli_view import Line, Plain, RunView, View, clean, graphs_table, runs_table
 from runtime.errors import SerenoError, StartupError
 from runtime.model import DEFAULT_MODES, MODES
+from runtime.monitoring import Edited, write
 
 __all__ = ["Surroundings", "app", "main"]
 
@@ -225,6 +226,20 @@ def trace(ctx: typer.Context, run: RunId, url: Url = DEFAULT_URL, as_json: Json 
         return
     screen = server.around.screen(as_json) or Console()
     screen.print(waterfall(answer, screen.width, server.around.clock()))
+
+
+@app.command()
+def dashboards(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write into.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite edited files.")] = False,
+) -> None:
+    """Write the dashboards, rules and collector configurations that come with Sereno."""
+    try:
+        written = write(folder, force=force)
+    except Edited as exc:
+        raise Trouble(f"edited, and would be lost without --force: {exc}") from exc
+    for path in written:
+        typer.echo(path)
 
 
 @app.command()

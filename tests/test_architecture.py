@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 #: counts, so `runtime.engines.base` is not in the box of `runtime.engines`.
 ROWS: list[list[str]] = [
     ["runtime.__main__"],
-    ["runtime.cli", "runtime.cli_view", "runtime.cli_trace"],
+    ["runtime.cli", "runtime.cli_view", "runtime.cli_trace", "runtime.monitoring"],
     ["runtime.app"],
     ["runtime.api", "runtime.execution", "runtime.engines.memory", "runtime.engines.sqlite"],
     ["runtime.engines"],
@@ -36,6 +36,7 @@ ROW = {box: number for number, row in enumerate(ROWS) for box in row}
 SAME = {
     "runtime.cli_view": "runtime.cli",
     "runtime.cli_trace": "runtime.cli",
+    "runtime.monitoring": "runtime.cli",
     "runtime.projects": "runtime.graphs",
 }
 

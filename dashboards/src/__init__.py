@@ -1,0 +1,1 @@
+"""Makes the Grafana dashboards from the telemetry contract: `python -m dashboards.src`."""
