@@ -439,7 +439,7 @@ async def test_a_call_under_a_span_of_another_trace_stays_in_the_trace_of_its_ru
     await watched.run(graph_of(node))
 
     (span,) = watched.spans("chat")
-    assert watched.parent(span) == "run g"
+    assert watched.parent(span) == "attempt n0"
 
 
 async def test_outside_of_a_run_nothing_is_seen(watched: Watched) -> None:

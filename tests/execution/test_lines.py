@@ -703,7 +703,7 @@ async def test_what_a_timed_out_body_still_writes_is_not_the_next_attempts() -> 
             raise
         raise AssertionError
 
-    options = {"timeout": 0.01, "retry_policy": THREE}
+    options = {"timeout": 0.5, "retry_policy": THREE}
     lines = await run(chain(("F", node, options)), INPUT)
 
     assert lines.of("custom") == []
