@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-process stack-test dashboards bench bench-telemetry lint types check lock clean
+.PHONY: run test test-process stack-test smoke dashboards bench bench-telemetry lint types check lock clean
 
 run: $(READY)  ## serve the examples on port 8009
 	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json
@@ -16,7 +16,11 @@ test-process: $(READY)  ## tests that start, kill and restart real servers on fr
 	$(BIN)/pytest tests/process
 
 stack-test: $(READY)  ## what SREs look at, run by the real programs that it is for
-	SERENO_REQUIRE_STACK=1 .ci/programs $(BIN)/pytest tests/stack
+	.ci/programs
+	SERENO_REQUIRE_STACK=1 SERENO_REQUIRE_PROMTOOL=1 $(BIN)/pytest tests/stack --ignore=tests/stack/test_smoke.py
+
+smoke: $(READY)  ## the Docker smoke test, and that it fails when it should
+	.ci/smoke
 
 dashboards: $(READY)  ## write dashboards/grafana anew
 	$(BIN)/python -m dashboards.src

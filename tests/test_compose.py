@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,10 @@ def test_the_build_gets_what_it_copies_and_nothing_else() -> None:
 
     assert let_in == copied
     assert all((ROOT / name).exists() for name in copied)
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    packed = wheel["targets"]["wheel"]
+    wanted = {*packed["packages"], *packed.get("force-include", ())}
+    assert {name.partition("/")[0] for name in wanted} <= copied
 
 
 def test_the_collector_knows_the_attributes_by_their_names() -> None:
