@@ -27,6 +27,7 @@ __all__ = ["COMPOSE", "ROOT", "Ports", "Program", "Programs", "answer", "find", 
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sereno"
+HTTP = httpx2.Client(timeout=10, trust_env=False)
 COMPOSE: Mapping[str, Any] = yaml.safe_load((ROOT / "compose.yml").read_text())["services"]
 
 #: What a program may be called; where it may be, besides PATH.
@@ -241,7 +242,7 @@ def programs(folder: Path) -> Iterator[Programs]:
 def answer(url: str, **params: Any) -> Any:
     """What a GET is answered with, JSON read; None unless it is a success."""
     try:
-        response = httpx2.get(url, params=params or None, timeout=10, trust_env=False)
+        response = HTTP.get(url, params=params or None)
     except httpx2.TransportError:
         return None
     if not response.is_success:
