@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: run test test-process stack-test smoke dashboards bench bench-telemetry lint types check lock clean
 
 run: $(READY)  ## serve the examples on port 8009
-	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json
+	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json --config examples/assistant/langgraph.json
 
 test: $(READY)  ## isolated tests: no server, no network
 	$(BIN)/pytest

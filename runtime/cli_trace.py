@@ -231,7 +231,7 @@ def _title(shown: Sequence[_Span], first: int, last: int) -> Text:
     going_on = any(span.end is None for span in shown)
     mark, style = _OPEN if going_on else MARKS.get(outcome, _OTHER)
     attempts = [s for s in shown if s.attributes.get("sereno.attempt.layer") == "node"]
-    retries = sum(s.attributes.get("sereno.attempt.will_retry") is True for s in attempts)
+    retries = sum(s.attributes.get("sereno.attempt.will_retry") is True for s in shown)
     nodes = sum(
         "sereno.attempt.number" not in s.attributes and s.name.startswith("node ") for s in shown
     )

@@ -797,6 +797,8 @@ def _message_data(message: BaseMessage) -> dict[str, Any]:
     for name in ("name", "tool_calls", "tool_call_id"):
         if value := getattr(message, name, None):
             data[name] = value
+    if getattr(message, "status", None) == "error":  # a tool's, which looks like a success
+        data["status"] = "error"
     if not isinstance(message.content, str):
         data["content"] = message.content
     if usage := getattr(message, "usage_metadata", None):
