@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import quote, urlsplit
@@ -21,6 +24,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from runtime.cli_top import TYPES, Keys, Top, rows_of, watch
 from runtime.cli_trace import waterfall
 from runtime.cli_view import Line, Plain, RunView, View, clean, graphs_table, runs_table
 from runtime.errors import SerenoError, StartupError
@@ -41,6 +45,18 @@ SILENCE_S = 60.0
 TRANSIENT = (429, 502, 503, 504)
 #: Most rows of one request for runs.
 PAGE = 100
+
+PREFIX = "SERENO_"
+#: Variables with the settings' prefix that others read: this command line, images, `resilient`.
+OTHER_VARIABLES = (
+    "SERENO_URL",
+    "SERENO_ADMIN_URL",
+    "SERENO_COMMIT",
+    "SERENO_RETRY_ATTEMPTS",
+    "SERENO_RETRY_MULTIPLIER",
+    "SERENO_RETRY_MIN_S",
+    "SERENO_RETRY_MAX_S",
+)
 
 TROUBLE = 2
 CANCELLED = 130
@@ -68,10 +84,10 @@ class Surroundings:
             return None
         return self.console or (Console() if sys.stdout.isatty() else None)
 
-    def view(self, as_json: bool) -> View:
-        """Where a run is shown."""
+    def view(self, as_json: bool, command: Callable[..., str] | None = None) -> View:
+        """Where a run is shown; `command` makes the command lines that it names."""
         screen = self.screen(as_json)
-        return Plain() if screen is None else RunView(screen, self.clock)
+        return Plain() if screen is None else RunView(screen, self.clock, command)
 
 
 class _Commands(TyperGroup):
@@ -87,7 +103,6 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Serves LangGraph graphs as durable, resumable NDJSON streams, and watches their runs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -103,6 +118,22 @@ Config = Annotated[
     list[str] | None,
     typer.Option("--config", metavar="PATH", help="Path of a langgraph.json; may be repeated."),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sereno {version('sereno')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Say the version."),
+    ] = False,
+) -> None:
+    """Serves LangGraph graphs as durable, resumable NDJSON streams, and watches their runs."""
 
 
 def main() -> None:
@@ -144,6 +175,8 @@ def serve(
         log_level=log_level,
     )
     given = _sources(config, sources)
+    for unknown in _unknown_variables(f"{PREFIX}{f.upper()}" for f in type(settled).model_fields):
+        _say(unknown)
     from runtime.app import serve as serve_until_stopped
 
     raise typer.Exit(serve_until_stopped(settled, given))
@@ -180,7 +213,6 @@ def run(
     Exit code: 0 success, 1 error or timeout, 2 no server or refused, 3 waits for an answer,
     130 cancelled.
     """
-    view = ctx.ensure_object(Surroundings).view(as_json)
     modes = _modes(stream)
     body: dict[str, Any] = {"graph": graph}
     if input is not None:
@@ -188,6 +220,7 @@ def run(
     if local:
         if deadline is not None:
             raise Trouble("--deadline: needs a server; leave it out or leave --local out")
+        view = ctx.ensure_object(Surroundings).view(as_json)
         _run_here(view, graph, body.get("input"), thread, modes, config)
     if config is not None:
         raise Trouble("--config: is for --local; the server at --url has its own graphs")
@@ -196,6 +229,7 @@ def run(
         body["input"] = _default_input(server, graph)
     optional = {"thread_id": thread, "stream": modes, "deadline_s": deadline}
     body |= {name: value for name, value in optional.items() if value is not None}
+    view = server.around.view(as_json, server.command)
     _watch(_Follower.of_new_run(server, body), view, graph)
 
 
@@ -213,7 +247,7 @@ def tail(
     if not after.isdecimal() and after != "latest":
         raise Trouble(f"--after: {after!r} is neither a line's seq nor `latest`")
     server = _Server.of(ctx, url)
-    _watch(_Follower.of_run(server, run, after), server.around.view(as_json))
+    _watch(_Follower.of_run(server, run, after), server.around.view(as_json, server.command))
 
 
 @app.command()
@@ -265,13 +299,45 @@ def ps(
         if more is None or not answer["runs"]:
             break
     if (screen := server.around.screen(as_json)) is None:
-        _print_json(*runs)
+        _print_json(*map(_row, runs))
     elif not runs:
         screen.print("no runs", style="dim")
     else:
         screen.print(runs_table(runs, server.around.clock(), screen.width))
         if more is not None:
             screen.print("there are more; --limit shows them", style="dim")
+
+
+@app.command()
+def top(
+    ctx: typer.Context,
+    admin_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="SERENO_ADMIN_URL",
+            help="Address of the admin listener, which also tells how long runs are silent.",
+        ),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Show what a server does now, until q. --json: once, the server and then its runs."""
+    server = _Server.of(ctx, url)
+    around = server.around
+    admin = None
+    if admin_url is not None:
+        admin = _Server.of(ctx, admin_url, option="--admin-url")
+    looking = Top(_Source(server, admin), around.clock)
+    screen = around.screen(as_json)
+    if screen is None:
+        _print_json(*looking.look().rows(around.clock()))
+    elif not screen.is_interactive:  # it cannot be redrawn
+        for text in rows_of(looking.look(), around.clock(), screen.width):
+            screen.print(text, highlight=False)
+    else:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch(looking, screen, server.url, around.clock, Keys(around.sleep), away=Trouble)
 
 
 @app.command()
@@ -306,6 +372,17 @@ def graphs(ctx: typer.Context, url: Url = DEFAULT_URL, as_json: Json = False) ->
 
 
 # What is asked for.
+
+
+def _unknown_variables(settings: Iterable[str]) -> Iterator[str]:
+    """What to say of variables that look like settings and are none."""
+    known = [name.removeprefix(PREFIX) for name in (*settings, *OTHER_VARIABLES)]
+    for name in sorted(os.environ):
+        given = name.removeprefix(PREFIX)
+        if given != name and given not in known:
+            near = get_close_matches(given, known, n=1, cutoff=0.7)
+            meant = f"did you mean {PREFIX}{near[0]}?" if near else "it changes nothing here"
+            yield f"{name} is set and is no setting; {meant}"
 
 
 def _sources(config: Sequence[str] | None, sources: Sequence[str] | None) -> list[str]:
@@ -582,6 +659,37 @@ class _Follower:
         return self.server.unreachable(exc)
 
 
+class _Source:
+    """What `top` asks."""
+
+    def __init__(self, server: _Server, admin: _Server | None) -> None:
+        self._server = server
+        self._admin = admin
+        self._info: Mapping[str, Any] | None = None
+
+    def info(self) -> Mapping[str, Any]:
+        if self._info is None:
+            self._info = self._server.get("/info", "slots")
+        return self._info
+
+    def runs(self, status: str, most: int) -> Sequence[Mapping[str, Any]]:
+        asked = {"status": status, "limit": str(most)}
+        runs: Sequence[Mapping[str, Any]] = self._server.get("/v1/runs", "runs", asked)["runs"]
+        return runs
+
+    def lines(self, run_id: str, after: int) -> Sequence[Mapping[str, Any]]:
+        params = {"after": str(after), "follow": "0", "types": ",".join(TYPES)}
+        raw = self._server.fetch(f"{_path(run_id)}/stream", params)
+        # A connection that was cut in a line leaves it for the next look.
+        return [orjson.loads(line) for line in raw.split(b"\n")[:-1]]
+
+    def live(self) -> Mapping[str, Any] | None:
+        if self._admin is None:
+            return None
+        live: Mapping[str, Any] = self._admin.get("/debug/live", "runs")
+        return live
+
+
 class _Away(Exception):
     """The server is there but cannot go on with the stream now; it may soon."""
 
@@ -589,7 +697,7 @@ class _Away(Exception):
 class _Server:
     """A Sereno server by its URL."""
 
-    def __init__(self, url: str, around: Surroundings) -> None:
+    def __init__(self, url: str, around: Surroundings, option: str = "--url") -> None:
         self.url = url.rstrip("/")
         self.around = around
         try:
@@ -606,12 +714,12 @@ class _Server:
                 trust_env=parts.hostname not in ("127.0.0.1", "::1", "localhost"),
             )
         except (ValueError, httpx2.InvalidURL) as exc:
-            raise Trouble(f"--url: {url!r} is not a server's address: {exc}") from exc
+            raise Trouble(f"{option}: {url!r} is not a server's address: {exc}") from exc
 
     @classmethod
-    def of(cls, ctx: typer.Context, url: str) -> _Server:
+    def of(cls, ctx: typer.Context, url: str, option: str = "--url") -> _Server:
         """The server that a command speaks to until it ends."""
-        server = cls(url, ctx.ensure_object(Surroundings))
+        server = cls(url, ctx.ensure_object(Surroundings), option)
         ctx.call_on_close(server._client.close)
         return server
 
@@ -624,16 +732,24 @@ class _Server:
 
     def ask(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
         """Status and JSON of an answer. Raises Trouble for everything but success."""
+        response = self._request(method, path, **more)
+        try:
+            return response.status_code, orjson.loads(response.content)
+        except orjson.JSONDecodeError as exc:
+            raise Trouble(f"{self.url} did not answer with JSON: is it Sereno?") from exc
+
+    def fetch(self, path: str, params: Mapping[str, str]) -> bytes:
+        """A whole answer as it is."""
+        return self._request("GET", path, params=params).content
+
+    def _request(self, method: str, path: str, **more: Any) -> httpx2.Response:
         try:
             response = self._client.request(method, path, **more)
         except httpx2.TransportError as exc:
             raise self.unreachable(exc) from exc
         if response.is_error:
             raise Trouble(self.problem(response))
-        try:
-            return response.status_code, orjson.loads(response.content)
-        except orjson.JSONDecodeError as exc:
-            raise Trouble(f"{self.url} did not answer with JSON: is it Sereno?") from exc
+        return response
 
     def stream(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **more: Any
@@ -683,6 +799,11 @@ def _print_json(*rows: Any) -> None:
     for row in rows:
         sys.stdout.buffer.write(orjson.dumps(row) + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _row(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run in a list, which never tells its result."""
+    return {name: value for name, value in run.items() if name != "result" or value is not None}
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,31 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Line", "Plain", "RunView", "View", "clean", "compact", "graphs_table", "runs_table"]
+__all__ = [
+    "Entered",
+    "Line",
+    "Plain",
+    "RunView",
+    "View",
+    "clean",
+    "compact",
+    "due",
+    "graphs_table",
+    "runs_table",
+    "seconds",
+    "when",
+]
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+#: Columns of a list of runs, and the width from which all of them are wanted.
+COLUMNS = ("run", "graph", "thread", "status", "age", "took", "lines")
+WIDE = 100
+#: Seconds between two pictures of what goes on.
+FRAME_S = 0.1
+#: Values that a node may write before the oldest are left out.
+MOST_INSIDE = 200
+#: Levels that are indented: a narrow terminal has to hold the text as well.
+DEEPEST = 6
 #: Mark and style of each way that a run can stand.
 STATUSES: Mapping[str, tuple[str, str]] = {
     "pending": ("…", "dim"),
@@ -76,65 +99,172 @@ class Plain:
         typer.echo(f"sereno: {clean(text)}", err=True)
 
 
-@dataclass(slots=True)
-class _Row:
-    """A node that has started and not ended."""
+@dataclass(slots=True, kw_only=True)
+class Entered:
+    """A node that was entered, and how it stands."""
 
+    #: Its name, as far as it is not told by what is around it.
     label: str
-    #: Its task and those of the calls around it: a retry of any of them supersedes it.
-    tasks: frozenset[str]
-    attempt: int
     #: Unix seconds of its first attempt.
     since: float
+    attempt: int = 1
     of: int | None = None
-    #: When the next attempt is due, while it waits for that.
+    #: When the next attempt is due, and why it is needed, while the node waits for that.
     due: float | None = None
+    cause: str = ""
     #: Calls inside it that wait for their next attempt: name → (attempt, due).
     calls: dict[str, tuple[int, float]] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What tells it from its neighbours."""
+        return self.label
 
-@dataclass(slots=True)
-class _Speech:
-    """A message of which tokens have come: the part that is not printed yet."""
+    def started(self, attempt: int) -> None:
+        self.attempt, self.due, self.calls = attempt, None, {}
 
-    label: str
-    tasks: frozenset[str]
-    text: str = ""
+    def retrying(self, said: Mapping[str, Any], due: float) -> None:
+        """Take in a `node.retrying`."""
+        data = said.get("data") or {}
+        self.attempt, self.of = said.get("attempt", 1) + 1, data.get("max_attempts")
+        self.due, self.cause, self.calls = due, _cause(data), {}
+
+    def call_retrying(self, data: Mapping[str, Any], due: float) -> None:
+        """Take in a `call.retrying`; the calls before it have come through."""
+        self.calls = {clean(data.get("call") or "call"): (data.get("attempt", 1) + 1, due)}
+
+    def row(self, now: float, spinner: str) -> Text:
+        """The node on one line."""
+        if self.due is not None:
+            again = _next_attempt(self.attempt, self.of, self.due - now)
+            return Text.assemble(
+                (f"↻ {self.name}  {again}", "yellow"),
+                (f"  {self.cause}" if self.cause else "", "dim"),
+            )
+        text = Text.assemble((spinner, "cyan"), f" {self.name}  ", (_took(now - self.since), "dim"))
+        if self.attempt > 1:
+            of = f" of {self.of}" if self.of else ""
+            text.append(f"  attempt {self.attempt}{of}", "dim")
+        for call, (attempt, due) in self.calls.items():
+            if due > now:
+                text.append(f"  ↻ {call}  {_next_attempt(attempt, None, due - now)}", "yellow")
+        return text
+
+
+@dataclass(slots=True, eq=False)
+class _Said:
+    """Something inside a node: text of a model, a value, an attempt that failed."""
+
+    seq: int
+    text: str
+    style: str = ""
+    message_id: str = ""
+    #: Whether it is output, which a failed attempt takes with it.
+    output: bool = True
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Visit(Entered):
+    """A node in the tree, with what is inside it in the order in which it began."""
+
+    task: str
+    seq: int
+    step: int | None
+    #: Its place among the visits of this node that go on beside each other, and their count.
+    number: int = 1
+    twins: list[int] = field(default_factory=lambda: [1])
+    ended: Text | None = None
+    #: Whether nobody executes it now, after a crash or a drain; it will begin anew.
+    stopped: bool = False
+    inside: list[_Visit | _Said] = field(default_factory=list)
+    #: How many values are left out because there were too many.
+    left_out: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} #{self.number}" if self.twins[0] > 1 else self.label
+
+    def say(self, said: _Said) -> None:
+        self.inside.append(said)
+        if len(self.inside) > 2 * MOST_INSIDE:
+            values = [i for i in self.inside if isinstance(i, _Said) and not i.message_id]
+            old = set(map(id, values[:-MOST_INSIDE]))
+            self.left_out += len(old)
+            self.inside = [i for i in self.inside if id(i) not in old]
+
+    @property
+    def open(self) -> bool:
+        return self.ended is None and not self.stopped
+
+    def visits(self) -> Iterator[_Visit]:
+        return (item for item in self.inside if isinstance(item, _Visit))
+
+    def below(self) -> Iterator[_Visit]:
+        """All visits inside it, at any depth."""
+        for visit in self.visits():
+            yield visit
+            yield from visit.below()
 
 
 class RunView:
-    """A run on a terminal: what is over is printed, what goes on stands below and is redrawn."""
+    """A run on a terminal, as a tree of its nodes.
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.time) -> None:
+    What is over is printed; the superstep that goes on stands below and is redrawn, so that what a
+    failed attempt has said can vanish. Where nothing can be redrawn, nodes are printed as they end.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        clock: Callable[[], float] = time.time,
+        command: Callable[..., str] | None = None,
+    ) -> None:
         self._console = console
         self._clock = clock
-        self._live = Live(self, console=console, refresh_per_second=10, transient=True)
-        self._rows: dict[str, _Row] = {}
-        self._speeches: dict[str, _Speech] = {}
-        #: Messages whose text came as tokens, with the tasks that they belong to.
-        self._spoken: dict[str, frozenset[str]] = {}
+        #: Makes the command lines that the summary names.
+        self._command = command
+        self._live = Live(
+            self, console=console, auto_refresh=False, transient=True, vertical_overflow="crop"
+        )
+        self._redraws = console.is_interactive
+        #: Always taken before Live's own: redrawing never sees half of a line's effect.
+        self._lock = threading.RLock()
+        self._left = threading.Event()
+        self._redrawing = threading.Thread(target=self._redraw, daemon=True)
+        #: What stands below; its visits are those of the root graph.
+        self._root = _Visit(label="", since=0, task="", seq=0, step=None)
+        self._visits: dict[str, _Visit] = {}
         #: What the run waits for while no node is open.
         self._waiting: str | None = "waiting for the first line"
 
     def __enter__(self) -> Self:
         self._live.start()
+        if self._redraws:
+            self._redrawing.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._left.set()
+        if self._redraws:
+            self._redrawing.join()
         self._waiting = None
-        self._rows.clear()
-        self._speeches.clear()
+        self._settle(all=True)
         self._live.stop()
 
+    def _redraw(self) -> None:
+        while not self._left.wait(FRAME_S):
+            with self._lock:
+                self._live.refresh()
+
     def note(self, text: str) -> None:
-        self._print(Text(f"! {clean(text)}", "yellow"))
+        with self._lock:
+            self._print(Text(f"! {clean(text)}", "yellow"))
 
     def line(self, line: Line) -> None:
-        said = line.data
-        data = said.get("data") or {}
-        task = said.get("task", "")
-        tasks = frozenset([task, *said.get("path", ())])
-        label = "/".join(map(clean, [*said.get("ns", ()), said.get("node") or ""]))
+        with self._lock:
+            self._line(line.data, line.data.get("data") or {})
+
+    def _line(self, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         match said.get("type"):
             case "run.queued":
                 run_id, thread_id = clean(said["run_id"]), clean(said["thread_id"])
@@ -144,174 +274,292 @@ class RunView:
             case "run.started":
                 self._waiting = "running"
             case "run.recovered":
-                self._end_all()
-                lost = len(data.get("lost") or ())
-                again = f"; {_count(lost, 'task')} again" if lost else ""
+                lost = data.get("lost") or ()
+                self._recovered({task["task"] for task in lost}, data.get("discard_from") or 0)
+                again = f"; {_count(len(lost), 'task')} again" if lost else ""
                 reason = data.get("reason") or "restart"
+                self._waiting = "running"
                 self.note(f"recovered after a {reason}, epoch {said['epoch']}{again}")
             case "run.requeued":
-                self._end_all()
+                for visit in self._root.below():
+                    visit.stopped = visit.ended is None
                 self._waiting = "queued"
                 self.note(f"given back to the queue: {data.get('reason')}")
             case "node.started":
-                self._started(task, tasks, label, said)
+                self._started(said)
             case "node.retrying":
-                self._retrying(task, tasks, label, said, data)
+                self._retrying(self._visit(said), said, data)
             case "call.retrying":
-                self._call_retrying(task, label, said, data)
+                self._call_retrying(self._visit(said), said, data)
             case "token":
-                self._token(tasks, label, data)
+                self._token(self._visit(said), said, data)
             case "message":
-                self._message(label, data)
+                self._message(self._visit(said), said, data)
             case "custom":
-                self._print(_tagged(label, compact(data.get("value")), "cyan"))
+                said_now = _Said(said["seq"], compact(data.get("value")), "cyan")
+                self._visit(said).say(said_now)
             case "values":
+                self._settle()
                 self._print(_tagged("state", compact(data.get("values")), "dim"))
             case "node.completed" | "node.failed" | "node.interrupted" | "node.cancelled" as kind:
-                self._end_inside(task)
-                self._rows.pop(task, None)
-                self._print(_node_end(kind, label, data))
+                visit = self._visit(said)
+                visit.ended = _node_end(kind, visit, data)
+                visit.inside = [
+                    i for i in visit.inside if not (isinstance(i, _Visit) and i.stopped)
+                ]
+                self._visits.pop(visit.task, None)
+                if not self._redraws and not said.get("path"):
+                    self._settle()
             case _ if data.get("final"):
                 self._waiting = None
-                self._end_all()
-                for text in _summary(data):
-                    self._print(text)
+                self._settle(all=True)
+                self._end(said, data)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        """What goes on now. Called by the thread that redraws, hence the copies."""
-        now = self._clock()
-        spinner = SPINNER[int(now * 10) % len(SPINNER)]
-        for speech in list(self._speeches.values()):
-            yield _tagged(speech.label, speech.text)
-        rows = list(self._rows.values())
-        room = max(3, console.height - 6)
-        for row in rows[:room]:
-            yield _truncating(_row(row, now, spinner))
-        if len(rows) > room:
-            yield Text(f"  … and {len(rows) - room} more", "dim")
-        if not rows and self._waiting is not None:
-            yield Text(f"{spinner} {self._waiting}", "dim")
+    # The tree.
 
-    def _started(
-        self, task: str, tasks: frozenset[str], label: str, said: Mapping[str, Any]
-    ) -> None:
-        row = self._rows.get(task)
-        if row is None:
-            self._rows[task] = _Row(label, tasks, said["attempt"], self._when(said))
-        else:
-            row.attempt, row.due = said["attempt"], None
-            row.calls = {}
+    def _visit(self, said: Mapping[str, Any]) -> _Visit:
+        """The visit that a line is from; made when it is the first that we see of it."""
+        task, path = said.get("task", ""), said.get("path") or ()
+        if (known := self._visits.get(task)) is not None:
+            return known
+        names = [clean(name) for name in [*(said.get("ns") or ()), said.get("node") or ""]]
+        around, label = self._root, "/".join(names)
+        for depth in range(len(path), 0, -1):
+            if (outer := self._visits.get(path[depth - 1])) is not None:
+                around, label = outer, "/".join(names[depth:])
+                break
+        step = said.get("step")
+        visit = _Visit(
+            label=label,
+            since=when(said, self._clock()),
+            attempt=said.get("attempt", 1),
+            task=task,
+            seq=said["seq"],
+            step=step,
+        )
+        beside = [v for v in around.visits() if v.label == label and v.step == step]
+        if beside:
+            visit.twins = beside[0].twins
+            visit.twins[0] += 1
+            visit.number = visit.twins[0]
+        around.inside.append(visit)
+        self._visits[task] = visit
+        return visit
 
-    def _retrying(
-        self,
-        task: str,
-        tasks: frozenset[str],
-        label: str,
-        said: Mapping[str, Any],
-        data: Mapping[str, Any],
-    ) -> None:
-        row = self._rows.setdefault(task, _Row(label, tasks, said["attempt"], self._when(said)))
-        self._end_inside(task)
-        for message_id in [m for m, tasks in self._spoken.items() if task in tasks]:
-            del self._spoken[message_id]
-        row.attempt, row.of = said["attempt"] + 1, data.get("max_attempts")
-        row.due, row.calls = self._due(said, data), {}
-        self._print(_retry(label, said["attempt"], data))
+    def _started(self, said: Mapping[str, Any]) -> None:
+        outermost = not said.get("path")
+        if outermost and any(v.step != said.get("step") for v in self._root.visits()):
+            self._settle()
+        visit = self._visit(said)
+        visit.ended, visit.stopped = None, False
+        visit.started(said["attempt"])
+
+    def _retrying(self, visit: _Visit, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        self._discard(visit, data.get("discard_from") or visit.seq)
+        visit.retrying(said, self._due(said, data))
+        self._failed_once(visit, said, _retry(said["attempt"], data))
 
     def _call_retrying(
-        self, task: str, label: str, said: Mapping[str, Any], data: Mapping[str, Any]
+        self, visit: _Visit, said: Mapping[str, Any], data: Mapping[str, Any]
     ) -> None:
-        call, attempt = clean(data.get("call") or "call"), data.get("attempt", 1)
-        for message_id in data.get("message_ids") or ():
-            if message_id in self._speeches:
-                self._end_speech(message_id)
-            self._spoken.pop(message_id, None)
-        if (row := self._rows.get(task)) is not None:
-            row.calls = {call: (attempt + 1, self._due(said, data))}
-        self._print(_retry(f"{label} · {call}", attempt, data))
+        gone = set(data.get("message_ids") or ())
+        for speaker in (visit, *visit.below()):
+            speaker.inside = [
+                i for i in speaker.inside if isinstance(i, _Visit) or i.message_id not in gone
+            ]
+        visit.call_retrying(data, self._due(said, data))
+        call = clean(data.get("call") or "call")
+        self._failed_once(visit, said, f"{call}  {_retry(data.get('attempt', 1), data)}")
 
-    # What models say, printed line by line as it comes.
+    def _failed_once(self, visit: _Visit, said: Mapping[str, Any], text: str) -> None:
+        if self._redraws:
+            visit.say(_Said(said["seq"], f"↻ {text}", "yellow", output=False))
+        else:
+            self._print(Text(f"↻ {visit.name}  {text}", "yellow"))
 
-    def _token(self, tasks: frozenset[str], label: str, data: Mapping[str, Any]) -> None:
-        message_id = data["message_id"]
-        self._spoken[message_id] = tasks
-        speech = self._speeches.setdefault(message_id, _Speech(label, tasks))
-        *whole, rest = (speech.text + clean(data.get("text") or "")).split("\n")
-        *full, speech.text = self._wrapped(label, rest)
-        full = [*(text for paragraph in whole for text in self._wrapped(label, paragraph)), *full]
-        self._print(*(_tagged(label, text) for text in full))
+    def _discard(self, visit: _Visit, seq: int) -> None:
+        """The visit's attempt failed: what it has said and what was inside it do not count."""
+        for inner in visit.below():
+            self._visits.pop(inner.task, None)
+        visit.inside = [
+            i for i in visit.inside if i.seq < seq or (isinstance(i, _Said) and not i.output)
+        ]
+        self._visits |= {inner.task: inner for inner in visit.below() if inner.ended is None}
 
-    def _message(self, label: str, data: Mapping[str, Any]) -> None:
-        message_id = data.get("message_id") or ""
-        if message_id in self._speeches:
-            self._end_speech(message_id)
-        elif data.get("text") and message_id not in self._spoken:
-            for paragraph in clean(data["text"]).split("\n"):
-                self._print(*(_tagged(label, text) for text in self._wrapped(label, paragraph)))
+    def _recovered(self, lost: set[str], seq: int) -> None:
+        """Visits that are lost have said nothing, and begin anew where they stand."""
+        for visit in [self._root, *self._root.below()]:
+            if visit.task in lost:
+                visit.inside = [
+                    i for i in visit.inside if i.seq < seq or isinstance(i, _Visit) or not i.output
+                ]
+                visit.ended, visit.stopped = None, True
+                self._visits[visit.task] = visit
+
+    def _token(self, visit: _Visit, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        text = clean(data.get("text") or "")
+        if (speech := _speech(visit, data["message_id"])) is not None:
+            speech.text += text
+        else:
+            visit.say(_Said(said["seq"], text, message_id=data["message_id"]))
+
+    def _message(self, visit: _Visit, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        message_id, text = data.get("message_id") or "", clean(data.get("text") or "")
+        if data.get("role") == "tool":
+            name = clean(str(data.get("name") or "tool"))
+            visit.say(_Said(said["seq"], f"← {name} {compact(text)}", "magenta", message_id))
+        elif (speech := _speech(visit, message_id)) is not None:
+            speech.text = text or speech.text
+        elif text:
+            visit.say(_Said(said["seq"], text, message_id=message_id))
         for call in data.get("tool_calls") or ():
             name, args = clean(str(call.get("name"))), compact(call.get("args"))
-            self._print(_tagged(label, f"→ {name} {args}", "magenta"))
+            visit.say(_Said(said["seq"], f"→ {name} {args}", "magenta", message_id))
 
-    def _end_inside(self, task: str) -> None:
-        """A task's attempt is over: print what is left of it, close what is open in it."""
-        for message_id in [m for m, speech in self._speeches.items() if task in speech.tasks]:
-            self._end_speech(message_id)
-        for inner in [t for t, row in self._rows.items() if task in row.tasks and t != task]:
-            del self._rows[inner]
+    # Printing: what is over.
 
-    def _end_all(self) -> None:
-        for message_id in list(self._speeches):
-            self._end_speech(message_id)
-        self._rows.clear()
+    def _settle(self, *, all: bool = False) -> None:
+        """Print the visits of the root graph that are over; the open ones too when all are."""
+        over = [v for v in self._root.visits() if all or v.ended is not None]
+        self._root.inside = [v for v in self._root.visits() if not (all or v.ended is not None)]
+        for visit in over:
+            for gone in [visit, *visit.below()]:
+                self._visits.pop(gone.task, None)
+        self._print(*(text for visit in over for text in self._printed(visit, 0)))
 
-    def _end_speech(self, message_id: str) -> None:
-        speech = self._speeches.pop(message_id)
-        if speech.text:
-            self._print(_tagged(speech.label, speech.text))
+    def _printed(self, visit: _Visit, depth: int) -> Iterator[Text]:
+        indent = "  " * min(depth, DEEPEST)
+        yield Text.assemble(indent, visit.ended or Text(f"… {visit.name}  not over", "dim"))
+        indent += "  "
+        if visit.left_out:
+            yield Text(f"{indent}… {visit.left_out} earlier values", "dim")
+        for item in visit.inside:
+            if isinstance(item, _Visit):
+                yield from self._printed(item, depth + 1)
+            elif item.output:
+                for text in self._wrapped(item.text, len(indent) + 2):
+                    yield _barred(indent, text, item.style)
+            else:
+                for number, text in enumerate(self._wrapped(item.text, len(indent) + 2)):
+                    yield Text(indent + "  " * (number > 0) + text, item.style)
 
-    def _wrapped(self, label: str, paragraph: str) -> list[str]:
-        width = max(20, self._console.width - cell_len(label) - 3)
-        return [line.plain for line in Text(paragraph).wrap(self._console, width)] or [""]
+    def _wrapped(self, text: str, taken: int) -> Iterator[str]:
+        width = max(10, self._console.width - taken)
+        for paragraph in text.strip("\n").split("\n"):
+            wrapped = Text(paragraph).wrap(self._console, width)
+            yield from [line.plain.rstrip() for line in wrapped] or [""]
 
     def _print(self, *texts: Text) -> None:
-        for text in texts:
-            self._console.print(text, highlight=False)
+        if texts:
+            self._console.print(*texts, sep="\n", highlight=False)
 
-    # Times are the server's; a clock that is off must not show nonsense.
+    def _end(self, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        for text in _summary(data):
+            self._print(text)
+        for interrupt in data.get("interrupts") or ():
+            self._print(Text("  asks", "yellow"))
+            for told in _told(interrupt.get("value")):
+                self._print(*(_barred("  ", text, "") for text in self._wrapped(told, 4)))
+        if data.get("output") is not None:
+            self._print(Text(f"  output: {compact(data['output'], 2000)}"))
+        if said.get("trace_id"):
+            self._print(Text(f"  trace {clean(said['trace_id'])}", "dim"))
+        if self._command is not None:
+            # Never broken by us: it is there to be copied.
+            command = self._command("trace", said["run_id"]).strip("`")
+            self._console.print(Text(f"  {command}", "dim"), soft_wrap=True, highlight=False)
 
-    def _when(self, said: Mapping[str, Any]) -> float:
-        return min(datetime.fromisoformat(said["ts"]).timestamp(), self._clock())
+    # Redrawing: what goes on.
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        now = self._clock()
+        spinner = SPINNER[int(now / FRAME_S) % len(SPINNER)]
+        room = max(3, console.height - 2)
+        rows = list(_preorder(self._root, 0))
+        if len(rows) > room:
+            rows = [(visit, depth) for visit, depth in rows if visit.ended is None]
+        speaking = sum(1 for visit, _ in rows if visit.open and _latest(visit))
+        share = (room - min(len(rows), room)) // max(1, speaking)
+        for visit, depth in rows if len(rows) <= room else rows[: room - 1]:
+            yield _truncating(Text.assemble("  " * depth, _row(visit, now, spinner)))
+            latest = _latest(visit) if visit.open else None
+            if latest is not None and share:
+                indent = "  " * (depth + 1)
+                # As much as can be shown; wrapping a whole book ten times a second would be slow.
+                tail = latest.text[-share * console.width :]
+                for text in [*self._wrapped(tail, len(indent) + 2)][-share:]:
+                    yield _truncating(_barred(indent, text, latest.style))
+        if len(rows) > room:
+            yield Text(f"… and {len(rows) - room + 1} more", "dim")
+        if self._waiting is not None and not any(visit.open for visit, _ in rows):
+            yield Text(f"{spinner} {self._waiting}", "dim")
 
     def _due(self, said: Mapping[str, Any], data: Mapping[str, Any]) -> float:
-        return self._when(said) + float(data.get("retry_in_ms") or 0) / 1000
+        return due(said, data, self._clock())
+
+
+def when(said: Mapping[str, Any], now: float) -> float:
+    """A line's time, by the server's clock: one that is ahead must not show nonsense."""
+    return min(datetime.fromisoformat(said["ts"]).timestamp(), now)
+
+
+def due(said: Mapping[str, Any], data: Mapping[str, Any], now: float) -> float:
+    """When what a retry line tells of is tried again."""
+    return when(said, now) + float(data.get("retry_in_ms") or 0) / 1000
 
 
 def runs_table(runs: Sequence[Mapping[str, Any]], now: float, width: int) -> Table:
-    """Runs in the order given. An id is never cut: what is less needed gives way to it."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    wide = width >= 100
-    table.add_column("run", no_wrap=True)
-    table.add_column("graph", overflow="fold", min_width=8)
-    if wide:
-        table.add_column("thread", overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for name in ("age", "took", "lines") if wide else ("age", "took"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        mark, style = STATUSES.get(run["status"], ("·", ""))
-        started, ended = _seconds(run.get("started_at")), _seconds(run.get("ended_at"))
-        took = (ended if ended is not None else now) - started if started is not None else None
-        created = _seconds(run.get("created_at"))
-        cells = [Text(clean(run["run_id"])), Text(clean(run["graph"]))]
-        if wide:
-            cells.append(Text(clean(run["thread_id"])))
-        cells.append(Text(f"{mark} {run['status']}", style))
-        cells.append(Text(_took(now - created) if created is not None else ""))
-        cells.append(Text(_took(took) if took is not None else ""))
-        if wide:
-            cells.append(Text(str(run.get("last_seq", ""))))
-        table.add_row(*cells)
+    """Runs in the order given. Ids are never cut, nor are graphs while a column can go instead."""
+    gap = 2 if width >= WIDE else 1
+    columns = {name: [_cell(run, name, now) for run in runs] for name in COLUMNS}
+
+    def needed() -> int:
+        widths = (max(cell_len(c.plain) for c in [Text(n), *cs]) for n, cs in columns.items())
+        return sum(widths) + gap * (len(columns) - 1)
+
+    for name in ("thread", "lines") if width < WIDE else ():
+        del columns[name]
+    for name in ("took", "age"):
+        if needed() > width:
+            del columns[name]
+    if needed() > width:  # the mark says it as well
+        columns["status"] = [Text(cell.plain[:1], cell.style) for cell in columns["status"]]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, gap, 0, 0))
+    for name in columns:
+        folds = name in ("graph", "thread")
+        heading = name if name != "status" or needed() <= width else ""
+        table.add_column(
+            heading,
+            justify="right" if name in ("age", "took", "lines") else "left",
+            no_wrap=not folds,
+            overflow="fold" if folds else "crop",
+            min_width=min(8, width // 4) if name == "graph" else None,
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _cell(run: Mapping[str, Any], column: str, now: float) -> Text:
+    started, ended = seconds(run.get("started_at")), seconds(run.get("ended_at"))
+    created = seconds(run.get("created_at"))
+    match column:
+        case "run":
+            return Text(clean(run["run_id"]))
+        case "graph":
+            return Text(clean(run["graph"]))
+        case "thread":
+            return Text(clean(run["thread_id"]))
+        case "status":
+            mark, style = STATUSES.get(run["status"], ("·", ""))
+            return Text(f"{mark} {run['status']}", style)
+        case "age":
+            return Text(_took(now - created) if created is not None else "")
+        case "took":
+            until = ended if ended is not None else now
+            return Text(_took(until - started) if started is not None else "")
+        case _:
+            return Text(str(run.get("last_seq", "")))
 
 
 def graphs_table(graphs: Sequence[Mapping[str, Any]]) -> Table:
@@ -342,16 +590,32 @@ def compact(value: Any, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _row(row: _Row, now: float, spinner: str) -> Text:
-    if row.due is not None:
-        return Text(f"↻ {row.label}  {_next_attempt(row.attempt, row.of, row.due - now)}", "yellow")
-    text = Text.assemble((spinner, "cyan"), f" {row.label}  ", (_took(now - row.since), "dim"))
-    if row.attempt > 1:
-        text.append(f"  attempt {row.attempt}" + (f" of {row.of}" if row.of else ""), "dim")
-    for call, (attempt, due) in row.calls.items():
-        if due > now:
-            text.append(f"  ↻ {call}  {_next_attempt(attempt, None, due - now)}", "yellow")
-    return text
+def _preorder(visit: _Visit, depth: int) -> Iterator[tuple[_Visit, int]]:
+    for inner in list(visit.visits()):
+        yield inner, min(depth, DEEPEST)
+        yield from _preorder(inner, depth + 1)
+
+
+def _row(visit: _Visit, now: float, spinner: str) -> Text:
+    if visit.ended is not None:
+        return visit.ended
+    if visit.stopped:
+        return Text(f"… {visit.name}  will begin anew", "dim")
+    return visit.row(now, spinner)
+
+
+def _latest(visit: _Visit) -> _Said | None:
+    """What the node says now: the newest output of itself."""
+    last = visit.inside[-1] if visit.inside else None
+    return last if isinstance(last, _Said) and last.output else None
+
+
+def _speech(visit: _Visit, message_id: str) -> _Said | None:
+    """What was heard of a message so far."""
+    for item in reversed(visit.inside):
+        if isinstance(item, _Said) and item.message_id == message_id != "":
+            return item
+    return None
 
 
 def _next_attempt(attempt: int, of: int | None, left: float) -> str:
@@ -360,25 +624,26 @@ def _next_attempt(attempt: int, of: int | None, left: float) -> str:
     )
 
 
-def _retry(label: str, attempt: int, data: Mapping[str, Any]) -> Text:
+def _retry(attempt: int, data: Mapping[str, Any]) -> str:
     pause = _took(float(data.get("retry_in_ms") or 0) / 1000)
-    return Text(f"↻ {label}  attempt {attempt} failed: {_cause(data)}; again in {pause}", "yellow")
+    return f"attempt {attempt} failed: {_cause(data)}; again in {pause}"
 
 
-def _node_end(kind: str, label: str, data: Mapping[str, Any]) -> Text:
+def _node_end(kind: str, visit: _Visit, data: Mapping[str, Any]) -> Text:
     took = _took(float(data.get("duration_ms") or 0) / 1000)
     attempts = data.get("attempts") or 0
     tries = f" · {attempts} attempts" if attempts > 1 else ""
+    name = visit.name
     match kind:
         case "node.completed":
             how = "cached" if data.get("cached") else "recovered" if data.get("recovered") else took
-            return Text.assemble(("✓", "green"), f" {label}  ", (how + tries, "dim"))
+            return Text.assemble(("✓", "green"), f" {name}  ", (how + tries, "dim"))
         case "node.failed":
-            return Text.assemble(("✗", "red"), f" {label}  {_cause(data)} ", (took + tries, "dim"))
+            return Text.assemble(("✗", "red"), f" {name}  {_cause(data)} ", (took + tries, "dim"))
         case "node.interrupted":
-            return Text.assemble(("?", "yellow"), f" {label}  waits for an answer")
+            return Text.assemble(("?", "yellow"), f" {name}  waits for an answer")
         case _:
-            return Text.assemble(("■", "yellow"), f" {label}  cancelled ", (took + tries, "dim"))
+            return Text.assemble(("■", "yellow"), f" {name}  cancelled ", (took + tries, "dim"))
 
 
 def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
@@ -403,10 +668,18 @@ def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
         yield Text(f"  {clean(error.get('code') or 'error')}{where}: {_cause(error)}", "red")
     if data.get("reason"):
         yield Text(f"  reason: {clean(data['reason'])}")
-    for interrupt in data.get("interrupts") or ():
-        yield Text(f"  asks: {compact(interrupt.get('value'), 2000)}", "yellow")
-    if data.get("output") is not None:
-        yield Text(f"  output: {compact(data['output'], 2000)}")
+
+
+def _told(value: Any) -> Iterator[str]:
+    """What an interrupt asks, as a person reads it."""
+    if isinstance(value, str):
+        yield clean(value)
+    elif isinstance(value, Mapping) and value:
+        for name, member in value.items():
+            text = clean(member) if isinstance(member, str) else compact(member, 2000)
+            yield f"{clean(name)}: {text}"
+    else:
+        yield compact(value, 2000)
 
 
 def _cause(data: Mapping[str, Any]) -> str:
@@ -422,6 +695,10 @@ def _tagged(label: str, text: str, style: str = "") -> Text:
     return Text.assemble((f"{label} │ ", "dim"), (text, style))
 
 
+def _barred(indent: str, text: str, style: str) -> Text:
+    return Text.assemble((f"{indent}│ ", "dim"), (text, style))
+
+
 def _truncating(text: Text) -> Text:
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
@@ -431,7 +708,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _seconds(stamp: str | None) -> float | None:
+def seconds(stamp: str | None) -> float | None:
     return datetime.fromisoformat(stamp).timestamp() if stamp else None
 
 

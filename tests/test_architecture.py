@@ -14,7 +14,13 @@ ROOT = Path(__file__).parent.parent
 #: counts, so `runtime.engines.base` is not in the box of `runtime.engines`.
 ROWS: list[list[str]] = [
     ["runtime.__main__"],
-    ["runtime.cli", "runtime.cli_view", "runtime.cli_trace", "runtime.monitoring"],
+    [
+        "runtime.cli",
+        "runtime.cli_view",
+        "runtime.cli_trace",
+        "runtime.cli_top",
+        "runtime.monitoring",
+    ],
     ["runtime.app"],
     ["runtime.api", "runtime.execution", "runtime.engines.memory", "runtime.engines.sqlite"],
     ["runtime.engines"],
@@ -36,6 +42,7 @@ ROW = {box: number for number, row in enumerate(ROWS) for box in row}
 SAME = {
     "runtime.cli_view": "runtime.cli",
     "runtime.cli_trace": "runtime.cli",
+    "runtime.cli_top": "runtime.cli",
     "runtime.monitoring": "runtime.cli",
     "runtime.projects": "runtime.graphs",
 }

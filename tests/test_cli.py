@@ -6,10 +6,12 @@ import io
 import itertools
 import json
 import logging
+import re
 import subprocess
 import sys
 import types
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from runtime.cli import BACKOFF_S, Surroundings, app
+from runtime.cli_top import Run, Snapshot, rows_of
 from runtime.cli_view import Line, RunView, compact
 from runtime.errors import GraphLoadFailed, UnknownGraph
 
@@ -331,6 +334,17 @@ def test_ctrl_c_stops_the_watching_and_says_how_to_go_on() -> None:
     assert f"sereno cancel {RUN} --url http://host:1`" in result.stderr
 
 
+def test_ctrl_c_on_a_terminal_leaves_what_was_seen() -> None:
+    console, shown = terminal()
+    server = Server(stream([*LINES[:3], tokens(4, "half a")], KeyboardInterrupt()))
+
+    result = sereno(server, "tail", RUN, console=console)
+
+    assert result.code == 130
+    assert "… score  not over\n  │ half a\n" in shown()
+    assert f"run {RUN} goes on" in result.stderr
+
+
 def test_ctrl_c_before_the_answer_cannot_name_the_run() -> None:
     def interrupt(request: httpx2.Request) -> httpx2.Response:
         raise KeyboardInterrupt
@@ -627,6 +641,30 @@ def test_ps_never_cuts_an_id() -> None:
     assert "01M878Q3AYM3MNYJDQ52M1S410" in shown()
 
 
+@pytest.mark.parametrize(
+    ("width", "row"),
+    [
+        pytest.param(60, "01M878Q3AYM3MNYJDQ52M1S410 screening ? interrupted 2 m 00 s", id="60"),
+        pytest.param(40, "01M878Q3AYM3MNYJDQ52M1S410 screening ?", id="40"),
+    ],
+)
+def test_ps_leaves_out_columns_before_it_breaks_the_name_of_a_graph(width: int, row: str) -> None:
+    run = run_row(1, run_id="01M878Q3AYM3MNYJDQ52M1S410", graph="screening", status="interrupted")
+    console, shown = terminal(width)
+
+    sereno(Server(httpx2.Response(200, json={"runs": [run]})), "ps", console=console)
+
+    assert [" ".join(text.split()) for text in shown().splitlines()[1:]] == [row]
+
+
+def test_ps_leaves_out_results_that_lists_never_have() -> None:
+    answer = {"runs": [run_row(1, result=None)], "next_cursor": None}
+
+    result = sereno(Server(httpx2.Response(200, json=answer)), "ps")
+
+    assert json.loads(result.stdout) == run_row(1)
+
+
 def test_ps_without_runs_says_so_on_a_terminal() -> None:
     console, shown = terminal()
 
@@ -683,6 +721,194 @@ def test_another_server_is_recognised(args: tuple[str, ...], answer: Any) -> Non
     assert "is it Sereno?" in result.stderr
 
 
+# top
+
+
+LIFE = [
+    node(3, "node.started", node="plan", task="p1"),
+    node(4, "node.completed", node="plan", task="p1"),
+    node(5, "node.started", node="look", task="l1", step=2),
+    node(6, "node.started", node="look", task="l2", step=2),
+    node(7, "node.started", node="deep", ns=["look"], path=["l1"], task="d1"),
+    node(
+        8,
+        "node.retrying",
+        {"error_class": "transport", "retry_in_ms": 4000, "max_attempts": 3},
+        node="look",
+        task="l2",
+        step=2,
+    ),
+    bookmark("caught_up", 9),
+]
+
+
+class Busy:
+    """A server with one run that goes on and one that waits."""
+
+    def __init__(
+        self, *lives: list[bytes], running: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        self.lives = list(lives)
+        self.running = [run_row(1, last_seq=9)] if running is None else running
+        self.paths: list[str] = []
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        path = str(request.url).removeprefix(URL)
+        self.paths.append(path)
+        if path.startswith("/v1/runs?status=running"):
+            return httpx2.Response(200, json={"runs": self.running, "next_cursor": None})
+        if path.startswith("/v1/runs?status=pending"):
+            waits = run_row(2, status="pending", started_at=None)
+            return httpx2.Response(200, json={"runs": [waits], "next_cursor": None})
+        if path.startswith("/info"):
+            return httpx2.Response(200, json={"slots": 4})
+        if path.endswith("/debug/live"):
+            told = {"run_id": "01RUN1", "silence_s": 12.5, "nodes": []}
+            return httpx2.Response(200, json={"runs": [told]})
+        return stream(self.lives.pop(0))
+
+
+def test_top_as_json_tells_of_the_server_and_its_runs_once() -> None:
+    busy = Busy(LIFE)
+
+    result = sereno(Server(busy), "top", "--json")
+
+    server, running, waiting = map(json.loads, result.stdout.splitlines())
+    assert result.code == 0
+    assert server == {
+        "type": "server",
+        "running": 1,
+        "pending": 1,
+        "slots": 4,
+        "nodes": 3,
+        "sleeping": 1,
+        "complete": True,
+    }
+    assert (running["type"], running["run_id"], running["age_s"]) == ("run", "01RUN1", 90.0)
+    assert running["nodes"] == [
+        {"node": "look", "task": "l1", "attempt": 1, "state": "running", "age_s": 0.0},
+        {
+            "node": "look",
+            "task": "l2",
+            "attempt": 2,
+            "state": "retrying",
+            "age_s": 0.0,
+            "retry_in_s": 4.0,
+        },
+        {"node": "look/deep", "task": "d1", "attempt": 1, "state": "running", "age_s": 0.0},
+    ]
+    assert (waiting["run_id"], waiting["status"], waiting["age_s"]) == ("01RUN2", "pending", None)
+
+
+def test_top_asks_the_admin_listener_how_long_runs_are_silent() -> None:
+    busy = Busy(LIFE)
+
+    result = sereno(Server(busy), "top", "--admin-url", "http://127.0.0.1:9009")
+
+    assert json.loads(result.stdout.splitlines()[1])["silence_s"] == 12.5
+    assert busy.paths[-2] == "http://127.0.0.1:9009/debug/live"
+
+
+def test_top_reads_only_what_is_new() -> None:
+    more = [node(10, "node.completed", node="look", task="l1"), bookmark("caught_up", 10)]
+    busy = Busy(LIFE, more)
+    console, shown = terminal()
+    server = Server(busy)
+    server.clock = itertools.count(NOW, 0.5).__next__
+
+    def pause(seconds: float) -> None:
+        server.slept.append(seconds)
+        busy.running = [run_row(1, last_seq=10 if len(server.slept) > 5 else 9)]
+        if len(server.slept) == 20:
+            raise KeyboardInterrupt
+
+    around = server.around(console)
+    object.__setattr__(around, "sleep", pause)
+    result = CliRunner(env={"SERENO_URL": None}).invoke(app, ["top"], obj=around)
+
+    assert result.exit_code == 0
+    asked = [path for path in busy.paths if "/stream" in path]
+    assert [path.partition("&")[0] for path in asked] == [
+        "/v1/runs/01RUN1/stream?after=0",
+        "/v1/runs/01RUN1/stream?after=9",
+    ]
+    last = shown().rpartition("sereno top")[2]
+    assert "1 running of 4 slots · 1 queued · 1 node open · 1 waiting to retry" in last
+    assert "look/deep" not in last
+
+
+def test_top_goes_on_when_the_server_is_away() -> None:
+    busy = Busy(LIFE)
+    console, shown = terminal()
+    server = Server(busy)
+    server.clock = itertools.count(NOW, 0.5).__next__
+
+    def pause(seconds: float) -> None:
+        server.slept.append(seconds)
+        server._answers[:] = [httpx2.ConnectError("refused") if len(server.slept) < 9 else busy]
+        if len(server.slept) == 20:
+            raise KeyboardInterrupt
+
+    around = server.around(console)
+    object.__setattr__(around, "sleep", pause)
+    CliRunner(env={"SERENO_URL": None}).invoke(app, ["top"], obj=around)
+
+    assert f"! no server at {URL}" in shown()
+    assert "! no server" not in shown().rpartition("sereno top")[2]
+
+
+def test_top_without_a_server_says_how_to_start_one() -> None:
+    console, _ = terminal()
+
+    result = sereno(Server(httpx2.ConnectError("refused")), "top", console=console)
+
+    assert result.code == 2
+    assert result.stderr == f"sereno: no server at {URL}; start one with `sereno serve`\n"
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"),
+    [
+        pytest.param(
+            80,
+            [
+                "▶ 01RUN1 agent  1 m 30 s  thread t-1",
+                "  ↻ look #2  attempt 2 of 3 in 4.0 s  transport",
+                "  ⠋ look/deep  0 ms",
+                "… 01RUN2 agent  queued 2 m 00 s  thread t-1",
+            ],
+            id="wide",
+        ),
+        pytest.param(
+            40,
+            [
+                "▶ agent  1 m 30 s  thread t-1",
+                "  01RUN1",
+                "  ↻ look #2  attempt 2 of 3 in 4.0 s  transport",
+                "  ⠋ look/deep  0 ms",
+                "… agent  queued 2 m 00 s  thread t-1",
+                "  01RUN2",
+            ],
+            id="narrow",
+        ),
+    ],
+)
+def test_top_shows_the_innermost_nodes_of_each_run(width: int, rows: list[str]) -> None:
+    running = Run(run_row(1))
+    running.take(map(json.loads, LIFE), NOW)
+    seen = Snapshot(running=[running], pending=[Run(run_row(2, status="pending"))], slots=4)
+
+    assert [text.plain for text in rows_of(seen, NOW, width)] == rows
+
+
+def test_top_forgets_the_nodes_of_an_epoch_that_is_over() -> None:
+    run = Run(run_row(1))
+
+    run.take(map(json.loads, [*LIFE, line(10, "run.recovered", epoch=2)]), NOW)
+
+    assert run.nodes == {}
+
+
 # On a terminal.
 
 
@@ -695,20 +921,32 @@ def test_json_is_for_terminals_too() -> None:
     assert shown() == ""
 
 
-def view_of(*lines: bytes, now: float = NOW) -> tuple[RunView, str]:
+def view_of(*lines: bytes, now: float = NOW, width: int = 60) -> tuple[RunView, str]:
     """A view after some lines, not redrawing by itself, and what it has printed."""
     out = io.StringIO()
-    view = RunView(Console(file=out, width=60, color_system=None), lambda: now)
+    console = Console(
+        file=out,
+        width=width,
+        height=30,
+        color_system=None,
+        force_terminal=True,
+        _environ={"TERM": "xterm"},
+    )
+    view = RunView(console, lambda: now)
     for one in lines:
         view.line(Line(one, json.loads(one)))
     return view, out.getvalue()
 
 
-def below(view: RunView) -> list[str]:
+def below(view: RunView, width: int = 60, height: int = 30) -> list[str]:
     """What is redrawn below what is printed."""
     out = io.StringIO()
-    Console(file=out, width=60, color_system=None).print(view)
+    Console(file=out, width=width, height=height, color_system=None).print(view)
     return [text.rstrip() for text in out.getvalue().splitlines()]
+
+
+def tokens(seq: int, text: str, message_id: str = "m1", **where: Any) -> bytes:
+    return node(seq, "token", {"message_id": message_id, "text": text}, **where)
 
 
 def test_a_terminal_shows_nodes_retries_and_a_summary() -> None:
@@ -720,9 +958,9 @@ def test_a_terminal_shows_nodes_retries_and_a_summary() -> None:
     assert result.stdout == b""
     for text in (
         "▶ run 01RUN · thread t-1",
-        "↻ score  attempt 1 failed: transport; again in 1.5 s",
-        'score │ {"text": "ñ \u2028 \\u001b[2J"}',
         "✓ score  812 ms · 2 attempts",
+        "  ↻ attempt 1 failed: transport; again in 1.5 s",
+        '  │ {"text": "ñ \u2028 \\u001b[2J"}',
         "✓ success after 1.9 s · 1 node · 2 attempts · 1 retry",
         'output: {"score": 7}',
     ):
@@ -746,14 +984,14 @@ def test_a_waiting_retry_counts_down() -> None:
     ]:
         view, _ = view_of(*LINES[:4], now=now)
 
-        assert below(view) == [f"↻ score  {says}"]
+        assert below(view) == [f"↻ score  {says}  transport"]
 
 
 def test_a_countdown_is_never_longer_than_the_back_off() -> None:
     """The server's clock may be ahead of ours."""
     view, _ = view_of(*LINES[:4], now=NOW - 3600)
 
-    assert below(view) == ["↻ score  attempt 2 of 3 in 1.5 s"]
+    assert below(view) == ["↻ score  attempt 2 of 3 in 1.5 s  transport"]
 
 
 def test_an_open_node_shows_its_attempt_and_time() -> None:
@@ -764,63 +1002,192 @@ def test_an_open_node_shows_its_attempt_and_time() -> None:
 
 def test_a_call_that_retries_is_shown_in_its_node() -> None:
     retrying = {"call": "ask", "attempt": 1, "error_class": "rate_limit", "retry_in_ms": 4000}
-    view, printed = view_of(*LINES[:3], node(4, "call.retrying", retrying), now=NOW + 1)
+    lines = [*LINES[:3], node(4, "call.retrying", retrying)]
 
-    assert "↻ score · ask  attempt 1 failed: rate_limit; again in 4.0 s" in printed
+    view, _ = view_of(*lines, now=NOW + 1)
     assert below(view) == ["⠋ score  1.0 s  ↻ ask  attempt 2 in 3.0 s"]
 
+    _, printed = view_of(*lines, node(5, "node.completed"), end(6))
+    assert "  ↻ ask  attempt 1 failed: rate_limit; again in 4.0 s\n" in printed
 
-def test_tokens_are_shown_as_they_come_and_printed_by_whole_lines() -> None:
-    def token(seq: int, text: str) -> bytes:
-        return node(seq, "token", {"message_id": "m1", "text": text})
 
-    view, printed = view_of(*LINES[:3], token(4, "Hello "), token(5, "wor"))
+def test_tokens_are_shown_as_they_come_and_printed_when_their_node_is_over() -> None:
+    lines = [*LINES[:3], tokens(4, "Hello "), tokens(5, "wor")]
 
+    view, printed = view_of(*lines)
     assert "Hello" not in printed
-    assert below(view)[0] == "score │ Hello wor"
+    assert below(view) == ["⠋ score  0 ms", "  │ Hello wor"]
 
     long = "ld\n" + "word " * 12
-    message = node(7, "message", {"message_id": "m1", "text": "all of it"})
-    view, printed = view_of(
-        *LINES[:3], token(4, "Hello "), token(5, "wor"), token(6, long), message
-    )
-
-    assert [text.rstrip() for text in printed.splitlines()[1:]] == [
-        "score │ Hello world",
-        "score │ " + " ".join(["word"] * 10),
-        "score │ word word",
+    _, printed = view_of(*lines, tokens(6, long), node(7, "node.completed"), end(8))
+    assert [text for text in printed.splitlines() if "│" in text] == [
+        "  │ Hello world",
+        "  │ " + " ".join(["word"] * 11),
+        "  │ word",
     ]
 
 
-def test_a_message_without_tokens_is_printed_whole_with_its_tool_calls() -> None:
+def test_a_whole_message_takes_the_place_of_its_tokens() -> None:
+    message = node(5, "message", {"message_id": "m1", "role": "ai", "text": "Hello world"})
+
+    view, _ = view_of(*LINES[:3], tokens(4, "Hello"), message)
+
+    assert below(view)[1:] == ["  │ Hello world"]
+
+
+def test_only_the_end_of_a_long_text_is_redrawn() -> None:
+    text = "\n".join(f"line {number}" for number in range(1000))
+
+    view, _ = view_of(*LINES[:3], tokens(4, text))
+
+    shown = below(view, height=12)
+    assert shown == ["⠋ score  0 ms", *(f"  │ line {number}" for number in range(991, 1000))]
+
+
+def test_a_message_is_printed_with_its_tool_calls_and_their_answers() -> None:
     calls = [{"name": "search", "args": {"q": "x"}}]
-    data = {"message_id": "m1", "text": "Let me see.", "tool_calls": calls}
+    ai = {"message_id": "m1", "role": "ai", "text": "Let me see.", "tool_calls": calls}
+    tool = {"message_id": "m2", "role": "tool", "name": "search", "text": "found\nit"}
+    lines = [node(4, "message", ai), node(5, "message", tool), node(6, "node.completed"), end(7)]
 
-    _, printed = view_of(*LINES[:3], node(4, "message", data))
-
-    assert printed.splitlines()[1:] == ["score │ Let me see.", 'score │ → search {"q": "x"}']
-
-
-def test_a_message_of_a_failed_attempt_may_come_again() -> None:
-    token = {"message_id": "m1", "text": "half"}
-    message = node(6, "message", {"message_id": "m1", "text": "whole"}, attempt=2)
-
-    _, printed = view_of(*LINES[:3], node(4, "token", token), node(5, "node.retrying"), message)
+    _, printed = view_of(*LINES[:3], *lines)
 
     assert [text for text in printed.splitlines() if "│" in text] == [
-        "score │ half",
-        "score │ whole",
+        "  │ Let me see.",
+        '  │ → search {"q": "x"}',
+        '  │ ← search "found\\nit"',
     ]
 
 
-def test_inner_nodes_end_with_the_attempt_around_them() -> None:
+def test_what_a_failed_attempt_said_vanishes() -> None:
+    before = [*LINES[:3], tokens(4, "half"), node(5, "custom", {"value": "old"})]
+    retrying = node(6, "node.retrying", {"error_class": "transport", "discard_from": 3})
+    message = node(8, "message", {"message_id": "m1", "text": "whole"}, attempt=2)
+    again = [node(7, "node.started", attempt=2), message]
+
+    view, _ = view_of(*before, retrying)
+    assert below(view) == ["↻ score  attempt 2 is due  transport"]
+
+    _, printed = view_of(*before, retrying, *again, node(9, "node.completed"), end(10))
+    assert printed.splitlines()[1:4] == [
+        "✓ score  0 ms",
+        "  ↻ attempt 1 failed: transport; again in 0 ms",
+        "  │ whole",
+    ]
+    assert "half" not in printed
+    assert "old" not in printed
+
+
+def test_what_a_failed_call_said_vanishes_and_the_rest_stays() -> None:
+    retrying = {"call": "ask", "attempt": 1, "error_class": "x", "message_ids": ["m2"]}
+
+    view, _ = view_of(
+        *LINES[:3],
+        tokens(4, "kept", "m1"),
+        tokens(5, "gone", "m2"),
+        node(6, "call.retrying", retrying),
+        tokens(7, "new", "m3"),
+        node(8, "node.interrupted"),
+    )
+    with view:
+        pass
+
+    assert below(view) == []
+    printed = view._console.file.getvalue()  # type: ignore[attr-defined]
+    assert [text for text in printed.splitlines() if "│" in text] == ["  │ kept", "  │ new"]
+
+
+def test_inner_nodes_stand_in_the_node_around_them_and_end_with_its_attempt() -> None:
     inner = node(4, "node.started", node="deep", ns=["score"], path=["k1"], task="k2")
+    deeper = node(
+        5, "node.started", node="deeper", ns=["score", "deep"], path=["k1", "k2"], task="k3"
+    )
 
-    view, _ = view_of(*LINES[:3], inner)
-    assert [text.split()[1] for text in below(view)] == ["score", "score/deep"]
+    view, _ = view_of(*LINES[:3], inner, deeper)
+    assert below(view) == ["⠋ score  0 ms", "  ⠋ deep  0 ms", "    ⠋ deeper  0 ms"]
 
-    view, _ = view_of(*LINES[:3], inner, node(5, "node.retrying", {"retry_in_ms": 1000}))
-    assert below(view) == ["↻ score  attempt 2 in 1.0 s"]
+    retrying = {"error_class": "x", "retry_in_ms": 1000, "discard_from": 3}
+    view, _ = view_of(*LINES[:3], inner, deeper, node(6, "node.retrying", retrying))
+    assert below(view) == ["↻ score  attempt 2 in 1.0 s  x"]
+
+
+def test_a_reader_who_comes_late_sees_where_inner_nodes_belong() -> None:
+    where = {"ns": ["score", "deep"], "path": ["k1", "k2"], "task": "k3"}
+
+    view, _ = view_of(node(9, "node.started", node="deeper", **where))
+
+    assert below(view) == ["⠋ score/deep/deeper  0 ms"]
+
+
+def test_parallel_visits_of_a_node_are_told_apart() -> None:
+    def inner(seq: int, around: str) -> bytes:
+        where = {"node": "deep", "ns": ["score"], "path": [around], "task": f"{around}-1"}
+        return node(seq, "node.started", **where)
+
+    lines = [*LINES[:3], node(4, "node.started", task="k2"), inner(5, "k2"), inner(6, "k1")]
+    done = [node(7, "node.completed", {"duration_ms": 5}, task="k2")]
+
+    view, printed = view_of(*lines, *done)
+
+    assert "score" not in printed  # what ends first does not move while others go on
+    assert below(view) == [
+        "⠋ score #1  0 ms",
+        "  ⠋ deep  0 ms",
+        "✓ score #2  5 ms",
+        "  ⠋ deep  0 ms",
+    ]
+    later = node(8, "node.started", task="k9", step=2)
+    view, _ = view_of(*LINES[:3], node(4, "node.completed"), later)
+    assert below(view) == ["⠋ score  0 ms"]
+
+
+def test_a_node_that_writes_much_keeps_the_newest() -> None:
+    values = [node(4 + number, "custom", {"value": number}) for number in range(1000)]
+
+    _, printed = view_of(*LINES[:3], *values, node(1004, "node.completed"), end(1005))
+
+    assert "  … " in printed
+    assert "earlier values" in printed
+    assert "  │ 999\n" in printed
+    assert len(printed.splitlines()) < 420
+
+
+@pytest.mark.parametrize("width", [20, 40])
+def test_narrow_terminals_hold_every_line(width: int) -> None:
+    text = "Esto es un texto de un modelo que no cabe en una sola línea. " * 3
+    view, printed = view_of(*LINES[:4], node(5, "node.started"), tokens(6, text), width=width)
+
+    assert all(len(one) <= width for one in [*below(view, width), *printed.splitlines()])
+    assert below(view, width)[1].startswith("  │ ")
+
+
+def test_where_nothing_can_be_redrawn_nodes_are_printed_as_they_end() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=60, force_terminal=True, _environ={"TERM": "dumb"})
+
+    with RunView(console, lambda: NOW) as view:
+        for one in LINES[:7]:
+            view.line(Line(one, json.loads(one)))
+        assert out.getvalue().split("\n")[:-1] == [
+            "▶ run 01RUN · thread t-1",
+            "↻ score  attempt 1 failed: transport; again in 1.5 s",
+            "✓ score  812 ms · 2 attempts",
+            '  │ {"text": "ñ \u2028 \\u001b[2J"}',
+        ]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_without_colour_no_colour_is_sent() -> None:
+    out = io.StringIO()
+    environ = {"TERM": "xterm-256color", "NO_COLOR": "1"}
+    console = Console(file=out, width=60, force_terminal=True, _environ=environ)
+
+    with RunView(console, lambda: NOW) as view:
+        for one in LINES:
+            view.line(Line(one, json.loads(one)))
+
+    assert "✓ score" in out.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]", out.getvalue())
 
 
 def test_a_recovery_closes_what_was_open() -> None:
@@ -829,7 +1196,28 @@ def test_a_recovery_closes_what_was_open() -> None:
     view, printed = view_of(*LINES[:3], recovered)
 
     assert "! recovered after a crash, epoch 2; 1 task again" in printed
-    assert below(view) == ["⠋ running"]
+    assert below(view) == ["… score  will begin anew", "⠋ running"]
+
+
+def test_a_recovery_takes_back_what_lost_tasks_have_said() -> None:
+    def inner(seq: int, type: str, data: dict[str, Any]) -> bytes:
+        return node(seq, type, data, node="deep", ns=["score"], path=["k1"], task="k2")
+
+    recovered = {"reason": "crash", "lost": [{"task": "k1"}], "discard_from": 3}
+    lines = [
+        *LINES[:3],
+        tokens(4, "lost"),
+        inner(5, "custom", {"value": "kept"}),
+        inner(6, "node.completed", {"attempts": 1, "duration_ms": 5}),
+        line(7, "run.recovered", recovered, epoch=2),
+        node(8, "node.started", epoch=2),
+    ]
+
+    view, _ = view_of(*lines)
+    assert below(view) == ["⠋ score  0 ms", "  ✓ deep  5 ms"]
+
+    _, printed = view_of(*lines, node(9, "node.completed", {"attempts": 1}), end(10))
+    assert printed.splitlines()[2:5] == ["✓ score  0 ms", "  ✓ deep  5 ms", '    │ "kept"']
 
 
 def test_a_run_that_waits_or_was_given_back_says_so() -> None:
@@ -838,7 +1226,7 @@ def test_a_run_that_waits_or_was_given_back_says_so() -> None:
 
     view, printed = view_of(*LINES[:3], line(4, "run.requeued", {"reason": "drain"}))
     assert "given back to the queue: drain" in printed
-    assert below(view) == ["⠋ queued"]
+    assert below(view) == ["… score  will begin anew", "⠋ queued"]
 
 
 @pytest.mark.parametrize(
@@ -856,10 +1244,11 @@ def test_a_run_that_waits_or_was_given_back_says_so() -> None:
     ],
 )
 def test_each_end_of_a_node_is_shown(type: str, data: dict[str, Any], says: str) -> None:
-    view, printed = view_of(*LINES[:3], node(4, type, data))
+    view, _ = view_of(*LINES[:3], node(4, type, data))
+    assert below(view) == [says, "⠋ running"]
 
-    assert printed.splitlines()[-1] == says
-    assert below(view) == ["⠋ running"]
+    _, printed = view_of(*LINES[:3], node(4, type, data), line(5, "values", {"values": {}}))
+    assert printed.splitlines()[-2:] == [says, "state │ {}"]
 
 
 @pytest.mark.parametrize(
@@ -875,7 +1264,7 @@ def test_each_end_of_a_node_is_shown(type: str, data: dict[str, Any], says: str)
         ),
         (
             end(2, "run.interrupted", "interrupted", interrupts=[{"id": "i", "value": "ok?"}]),
-            ["? interrupted", 'asks: "ok?"'],
+            ["? interrupted", "asks │ ok?"],
         ),
         (
             end(2, backoff_ms=1500, tokens={"input": 12, "output": 3}),
@@ -895,9 +1284,10 @@ def test_text_from_models_cannot_drive_the_terminal() -> None:
 
     _, printed = view_of(
         *LINES[:3],
-        node(4, "token", {"message_id": "m1", "text": evil}),
+        tokens(4, evil),
         node(5, "custom", {"value": evil}),
         node(6, "node.failed", {"error_class": "x", "detail": evil, "attempts": 1}, node=evil),
+        end(7, "run.interrupted", "interrupted", interrupts=[{"id": "i", "value": {evil: evil}}]),
     )
 
     assert not set(printed) & {"\x1b", "\x07", "\x9b", "\u202e", "\r"}
@@ -915,7 +1305,7 @@ def test_many_open_nodes_do_not_fill_the_screen() -> None:
 
     view, _ = view_of(*LINES[:2], *started)
 
-    assert len(below(view)) < 25
+    assert len(below(view)) < 30
     assert "more" in below(view)[-1]
 
 
@@ -1067,11 +1457,30 @@ def test_what_a_local_run_logs_does_not_mix_with_its_lines(
     assert "look out" in result.stderr
 
 
+def test_variables_that_look_like_settings_are_named_with_what_was_meant(
+    composed: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SERENO_PROT", "SERENO_QUX_OF_SOMEBODY", "SERENO_PORT", "SERENO_RETRY_MIN_S"):
+        monkeypatch.setenv(name, "1")
+
+    result = sereno(nobody(), "serve", "m:a")
+
+    assert result.code == 0
+    assert result.stderr.splitlines() == [
+        "sereno: SERENO_PROT is set and is no setting; did you mean SERENO_PORT?",
+        "sereno: SERENO_QUX_OF_SOMEBODY is set and is no setting; it changes nothing here",
+    ]
+
+
+def test_it_says_its_version() -> None:
+    assert sereno(nobody(), "--version").stdout.decode() == f"sereno {version('sereno')}\n"
+
+
 def test_every_command_has_help_and_nothing_heavy_is_imported() -> None:
     """A command line that imports langgraph to list runs takes seconds to answer."""
     program = (
         "import sys; from runtime.cli import app; from typer.testing import CliRunner\n"
-        "for c in ('serve', 'run', 'tail', 'ps', 'cancel', 'graphs'):\n"
+        "for c in ('serve', 'run', 'tail', 'ps', 'top', 'cancel', 'graphs'):\n"
         "    assert CliRunner().invoke(app, [c, '--help']).exit_code == 0, c\n"
         "print([m for m in ('langgraph', 'fastapi', 'uvicorn', 'pydantic_settings')"
         " if m in sys.modules])"

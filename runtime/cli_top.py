@@ -1,0 +1,368 @@
+"""Shows what a server does now: the runs that go on, and how their nodes stand."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol, Self
+
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.text import Text
+
+from runtime.cli_view import (
+    SPINNER,
+    STATUSES,
+    Entered,
+    _count,
+    _took,
+    _truncating,
+    clean,
+    due,
+    seconds,
+    when,
+)
+
+__all__ = ["TYPES", "Keys", "Run", "Snapshot", "Source", "Top", "rows_of", "watch"]
+
+#: Seconds between two questions to the server, and between two pictures: countdowns go on.
+LOOK_S, FRAME_S = 1.0, 0.25
+#: Below it, ids have lines of their own.
+NARROW = 60
+#: Most runs of a status that are asked for, and most of which the nodes are looked up.
+MOST, LOOKED_INTO = 100, 30
+#: Lines that tell how nodes stand.
+TYPES = (
+    "run.recovered",
+    "run.requeued",
+    "node.started",
+    "node.retrying",
+    "node.completed",
+    "node.failed",
+    "node.interrupted",
+    "node.cancelled",
+    "call.retrying",
+)
+
+
+class Source(Protocol):
+    """A server, as far as its public endpoints tell what goes on."""
+
+    def info(self) -> Mapping[str, Any]: ...
+
+    def runs(self, status: str, most: int) -> Sequence[Mapping[str, Any]]:
+        """The newest runs with this status."""
+        ...
+
+    def lines(self, run_id: str, after: int) -> Iterable[Mapping[str, Any]]:
+        """The lines of `TYPES` that there are after a cursor, and `caught_up` or a terminal one."""
+        ...
+
+    def live(self) -> Mapping[str, Any] | None:
+        """What the admin listener tells of this worker; None without one."""
+        ...
+
+
+@dataclass(slots=True)
+class _Node(Entered):
+    task: str = ""
+    path: tuple[str, ...] = ()
+    #: The least that no open node of this label had when it was entered.
+    number: int = 1
+    #: Whether there are others of this label.
+    beside: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} #{self.number}" if self.beside else self.label
+
+
+@dataclass(slots=True)
+class Run:
+    """A run that goes on, and its open nodes by task, as its lines tell of them."""
+
+    row: Mapping[str, Any]
+    cursor: int = 0
+    nodes: dict[str, _Node] = field(default_factory=dict)
+    #: Whether its lines have been read, as those of the newest runs are.
+    looked_into: bool = False
+    #: Seconds since its last line, by the admin listener.
+    silence_s: float | None = None
+
+    def take(self, lines: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Take in what is new in the log."""
+        self.looked_into = True
+        for said in lines:
+            self._line(said, now)
+            self.cursor = said.get("seq", said.get("after", self.cursor))
+
+    def _line(self, said: Mapping[str, Any], now: float) -> None:
+        data, task = said.get("data") or {}, said.get("task", "")
+        match said.get("type"):
+            case "node.started":
+                self._node(said, now).started(said.get("attempt", 1))
+            case "node.retrying":
+                self._node(said, now).retrying(said, due(said, data, now))
+                self._close(task, itself=False)
+            case "call.retrying":
+                self._node(said, now).call_retrying(data, due(said, data, now))
+            case "run.recovered" | "run.requeued":
+                self.nodes.clear()
+            case str() as type if type.startswith("node."):
+                self._close(task, itself=True)
+
+    def _node(self, said: Mapping[str, Any], now: float) -> _Node:
+        task = said.get("task", "")
+        if task not in self.nodes:
+            label = "/".join(map(clean, [*said.get("ns", ()), said.get("node", "")]))
+            path = tuple(said.get("path", ()))
+            node = _Node(label=label, since=when(said, now), task=task, path=path)
+            taken = set()
+            for other in self.nodes.values():
+                if other.label == label:
+                    taken.add(other.number)
+                    node.beside = other.beside = True
+            node.number = next(n for n in count(1) if n not in taken)
+            self.nodes[task] = node
+        return self.nodes[task]
+
+    def _close(self, task: str, *, itself: bool) -> None:
+        inside = [t for t, node in self.nodes.items() if task in node.path]
+        for gone in [*inside, *([task] if itself else [])]:
+            self.nodes.pop(gone, None)
+
+    def innermost(self) -> Iterator[_Node]:
+        """Open nodes that have no open node inside."""
+        around = {task for node in self.nodes.values() for task in node.path}
+        return (node for task, node in self.nodes.items() if task not in around)
+
+    def json(self, now: float) -> dict[str, Any]:
+        """The run as one row, with how its nodes stand."""
+        row: dict[str, Any] = {k: v for k, v in self.row.items() if k != "result" or v is not None}
+        started = seconds(self.row.get("started_at"))
+        row["age_s"] = round(max(0.0, now - started), 3) if started is not None else None
+        if self.silence_s is not None:
+            row["silence_s"] = self.silence_s
+        if self.looked_into:
+            row["nodes"] = [_json(node, now) for node in self.nodes.values()]
+        return row
+
+
+def _json(node: _Node, now: float) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "node": node.label,
+        "task": node.task,
+        "attempt": node.attempt,
+        "state": "retrying" if node.due is not None else "running",
+        "age_s": round(max(0.0, now - node.since), 3),
+    }
+    if node.due is not None:
+        told["retry_in_s"] = round(max(0.0, node.due - now), 3)
+    if node.calls:
+        told["calls"] = {
+            name: {"attempt": attempt, "retry_in_s": round(max(0.0, at - now), 3)}
+            for name, (attempt, at) in node.calls.items()
+        }
+    return told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a server does at a moment."""
+
+    #: Newest first.
+    running: Sequence[Run]
+    pending: Sequence[Run]
+    slots: int
+    #: Whether the admin listener was asked and answered.
+    admin: bool = False
+
+    @property
+    def nodes(self) -> int:
+        return sum(len(run.nodes) for run in self.running)
+
+    def sleeping(self, now: float) -> int:
+        """Nodes and calls that wait for their next attempt."""
+        nodes = [node for run in self.running for node in run.nodes.values()]
+        return sum(
+            1
+            for node in nodes
+            if node.due is not None or any(at > now for _, at in node.calls.values())
+        )
+
+    def rows(self, now: float) -> Iterator[dict[str, Any]]:
+        """For programs: the server, then its runs."""
+        yield {
+            "type": "server",
+            "running": len(self.running),
+            "pending": len(self.pending),
+            "slots": self.slots,
+            "nodes": self.nodes,
+            "sleeping": self.sleeping(now),
+            "complete": max(len(self.running), len(self.pending)) < MOST
+            and all(run.looked_into for run in self.running),
+        }
+        for run in [*self.running, *self.pending]:
+            yield {"type": "run"} | run.json(now)
+
+
+class Top:
+    """Looks at a server again and again, and reads of each run only what is new."""
+
+    def __init__(self, source: Source, clock: Callable[[], float]) -> None:
+        self._source = source
+        self._clock = clock
+        self._runs: dict[str, Run] = {}
+
+    def look(self) -> Snapshot:
+        running = [self._known(row) for row in self._source.runs("running", MOST)]
+        pending = [Run(row) for row in self._source.runs("pending", MOST)]
+        self._runs = {run.row["run_id"]: run for run in running}
+        for run in running[:LOOKED_INTO]:
+            if not run.looked_into or run.cursor < run.row.get("last_seq", 0):
+                run.take(self._source.lines(run.row["run_id"], run.cursor), self._clock())
+        live = self._source.live()
+        for told in (live or {}).get("runs", ()):
+            if (known := self._runs.get(told["run_id"])) is not None:
+                known.silence_s = told.get("silence_s")
+        slots = int(self._source.info().get("slots", 0))
+        return Snapshot(running=running, pending=pending, slots=slots, admin=live is not None)
+
+    def _known(self, row: Mapping[str, Any]) -> Run:
+        run = self._runs.get(row["run_id"])
+        if run is None:
+            return Run(row)
+        run.row = row
+        return run
+
+
+class Keys:
+    """Keys that are pressed, one by one and unseen, as long as it is entered."""
+
+    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._sleep = sleep
+        self._before: list[Any] | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stdin is not None and sys.stdin.isatty():
+            self._before = termios.tcgetattr(sys.stdin)
+            tty.setcbreak(sys.stdin, termios.TCSADRAIN)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+
+    def within(self, seconds: float) -> str:
+        """What is typed until then; as soon as something is."""
+        if self._before is None:
+            self._sleep(seconds)
+            return ""
+        if not select.select([sys.stdin], [], [], seconds)[0]:
+            return ""
+        # An end of the input is a wish to leave as well.
+        return os.read(sys.stdin.fileno(), 64).decode(errors="ignore") or "q"
+
+
+def watch(
+    top: Top,
+    screen: Console,
+    url: str,
+    clock: Callable[[], float],
+    keys: Keys,
+    *,
+    away: type[Exception],
+) -> None:
+    """Show the server until `q`; `away` is raised while it does not answer. Raises it at first."""
+    picture = _Picture(top.look(), url, clock)
+    looked = clock()
+    with keys, Live(picture, console=screen, screen=True, auto_refresh=False) as live:
+        while True:
+            live.refresh()
+            if "q" in keys.within(FRAME_S).lower():
+                return
+            if not 0 <= clock() - looked < LOOK_S:
+                try:
+                    picture.seen, picture.trouble = top.look(), ""
+                except away as exc:
+                    picture.trouble = str(exc)
+                looked = clock()
+
+
+class _Picture:
+    """A snapshot as it fills a screen."""
+
+    def __init__(self, seen: Snapshot, url: str, clock: Callable[[], float]) -> None:
+        self.seen = seen
+        #: Why what is seen is old; empty while it is not.
+        self.trouble = ""
+        self._url = url
+        self._clock = clock
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        now = self._clock()
+        rows = list(rows_of(self.seen, now, options.max_width))
+        title, numbers = _head(self.seen, self._url, now)
+        head = [title, *numbers.wrap(console, options.max_width)]
+        if self.trouble:
+            trouble = Text(f"! {clean(self.trouble)}; asking again", "yellow")
+            head += trouble.wrap(console, options.max_width)
+        room = max(1, (options.height or console.height) - len(head) - 2)
+        if len(rows) > room:
+            hidden = len(rows) - room + 1
+            rows = [*rows[: room - 1], Text(f"… and {_count(hidden, 'line')} more", "dim")]
+        rows += [Text()] * (room - len(rows))
+        for text in [*head, Text(), *rows, Text("q quits", "dim")]:
+            yield _truncating(text)
+
+
+def _head(seen: Snapshot, url: str, now: float) -> tuple[Text, Text]:
+    title = Text.assemble(("sereno top", "bold"), (f"  {clean(url)}", "dim"))
+    numbers = [
+        f"{_many(seen.running)} running of {seen.slots} slots",
+        f"{_many(seen.pending)} queued",
+        f"{_count(seen.nodes, 'node')} open",
+        f"{seen.sleeping(now)} waiting to retry",
+    ]
+    return title, Text(" · ".join(numbers))
+
+
+def rows_of(seen: Snapshot, now: float, width: int) -> Iterator[Text]:
+    """Runs with their open nodes, then those that wait for a slot."""
+    spinner = SPINNER[int(now / FRAME_S) % len(SPINNER)]
+    for run in [*seen.running, *seen.pending]:
+        yield from _run(run, now, width)
+        for node in run.innermost():
+            yield Text.assemble("  ", node.row(now, spinner))
+    if not seen.running and not seen.pending:
+        yield Text("no run goes on", "dim")
+
+
+def _run(run: Run, now: float, width: int) -> Iterator[Text]:
+    row = run.row
+    pending = row["status"] == "pending"
+    mark, style = STATUSES.get(row["status"], ("·", ""))
+    since = seconds(row.get("created_at" if pending else "started_at"))
+    age = _took(now - since) if since is not None else ""
+    facts = [f"queued {age}" if pending else age]
+    if run.silence_s is not None and run.silence_s >= 1:
+        facts.append(f"silent for {_took(run.silence_s)}")
+    if row["thread_id"] != row["run_id"]:
+        facts.append(f"thread {clean(row['thread_id'])}")
+    run_id, graph, told = clean(row["run_id"]), clean(row["graph"]), "  ".join(facts)
+    if width >= NARROW:
+        yield Text.assemble((mark, style), f" {run_id} {graph}  ", (told, "dim"))
+    else:
+        yield Text.assemble((mark, style), f" {graph}  ", (told, "dim"))
+        yield Text(f"  {run_id}")
+
+
+def _many(runs: Sequence[Run]) -> str:
+    return f"{len(runs)}{'+' if len(runs) >= MOST else ''}"
