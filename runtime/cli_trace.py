@@ -253,7 +253,8 @@ def _title(shown: Sequence[_Span], first: int, last: int) -> Text:
 def _notes(
     trace: Mapping[str, Any], spans: Sequence[_Span], shown: Sequence[_Span]
 ) -> Iterator[Text]:
-    if others := len(spans) - len(shown):
+    others = sum(span not in shown and not span.name.endswith("/trace") for span in spans)
+    if others:
         yield Text(f"  not shown: {_count(others, 'span')} of requests that read it later", "dim")
     left_out = sum(int(s.attributes.get("sereno.run.spans_suppressed") or 0) for s in shown)
     if left_out:

@@ -1176,7 +1176,7 @@ _FAILURE = (*_OF_RUN, "outcome", "layer", *_OF_ERROR)
 LOG_EVENTS: tuple[LogEvent, ...] = (
     LogEvent("run.queued", "INFO", "A run was committed.", (*_OF_RUN, "trigger")),
     LogEvent("run.started", "INFO", "It was claimed for the first time.", (*_OF_RUN, "epoch")),
-    LogEvent("run.recovered", "INFO", "It was claimed again.", (*_OF_RUN, "epoch")),
+    LogEvent("run.recovered", "INFO", "It was claimed again.", (*_OF_RUN, "epoch", "reason")),
     LogEvent("run.requeued", "INFO", "A drain gave it back.", (*_OF_RUN, "status"), _ENDED),
     LogEvent("run.completed", "INFO", "It ended with success.", _TERMINAL),
     LogEvent(

@@ -90,7 +90,12 @@ Per graph and node, before any sampling:
 records;
 - `{PREFIX}runs_started_total` = `run.queued` lines.
 
-After a `kill -9` the metrics of the dead process are gone; spans and lines still agree.
+After a `kill -9` the metrics of the dead process are gone, and so are spans that had ended but \
+were not exported yet (`OTEL_BSP_SCHEDULE_DELAY`, 5 s) and its open requests, calls, tools and \
+models.
+Open segments, nodes and attempts are written by the process that recovers the run, with outcome \
+`lost`; they end with the lease, or when that process starts.
+The lines have all of it.
 """
 
 _METRICS = f"""\

@@ -400,6 +400,7 @@ class Segment:
         """As `/debug/live` shows it."""
         now = time.monotonic()
         return {
+            **self.line_ids,
             "run_id": self.run_id,
             "thread_id": self.thread_id,
             "graph": self.graph,

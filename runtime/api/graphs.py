@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path, Query, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
 
+from runtime.api import drawing
 from runtime.api.dependencies import ServicesDep
-from runtime.api.problems import RESPONSES
-from runtime.api.schemas import GraphInfo
+from runtime.api.problems import NO_GRAPH, RESPONSES, may
+from runtime.api.schemas import Drawing, GraphInfo, GraphList, GraphSchema
+from runtime.errors import InvalidRequest
 from runtime.graphs import LoadedGraph
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/graphs", tags=["graphs"], responses=RESPONSES)
 
+GraphName = Annotated[str, Path(description="A graph's name.", examples=["research"])]
 
-@router.get("")
+#: For the OpenAPI document.
+DRAWN: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The drawing, in the format that was asked for.",
+        "content": {
+            "text/plain": {
+                "schema": {"type": "string"},
+                "example": "graph TD;\n\t__start__ --> plan;\n\tplan --> __end__;\n",
+            }
+        },
+    }
+}
+#: Levels of subgraphs that may be opened.
+XRAY_MAX = 100
+
+
+@router.get("", summary="List graphs", response_model=GraphList)
 async def index(services: ServicesDep) -> dict[str, Any]:
     """The graphs that are served, and why others are not."""
     return {
@@ -25,16 +46,52 @@ async def index(services: ServicesDep) -> dict[str, Any]:
     }
 
 
-@router.get("/{name}")
-async def show(name: str, services: ServicesDep) -> GraphInfo:
-    """One graph."""
+@router.get("/{name}", summary="Look at a graph", responses=may(NO_GRAPH))
+async def show(name: GraphName, services: ServicesDep) -> GraphInfo:
+    """What it is for, its nodes, and what a run without an input starts from."""
     return _info(services.graphs.get(name))
 
 
-@router.get("/{name}/schema")
-async def schema(name: str, services: ServicesDep) -> dict[str, Any]:
+@router.get(
+    "/{name}/schema",
+    summary="Read a graph's schemas",
+    response_model=GraphSchema,
+    responses=may(NO_GRAPH),
+)
+async def schema(name: GraphName, services: ServicesDep) -> dict[str, Any]:
     """JSON Schemas of a graph's input, output and context."""
     return services.graphs.get(name).schema()
+
+
+@router.get(
+    "/{name}/drawing",
+    summary="Draw a graph",
+    response_model=Drawing,
+    responses={
+        **DRAWN,
+        **may(
+            NO_GRAPH,
+            drawing.NotDrawable("research", ValueError()),
+            InvalidRequest("format", "Input should be 'json' or 'mermaid'"),
+        ),
+    },
+)
+async def draw(
+    name: GraphName,
+    services: ServicesDep,
+    format: Annotated[
+        Literal["json", "mermaid"], Query(description="`mermaid` is text for Mermaid.")
+    ] = "json",
+    xray: Annotated[
+        int, Query(ge=0, le=XRAY_MAX, description="How many levels of subgraphs are opened.")
+    ] = 0,
+) -> Response:
+    """Its nodes and edges. A node's `id` is its `ns` and name in lines, joined by `:`."""
+    graph = services.graphs.get(name)
+    # In a thread: drawing tries the graph's writers, step by step.
+    if format == "mermaid":
+        return PlainTextResponse(await asyncio.to_thread(drawing.as_mermaid, graph, xray))
+    return JSONResponse(await asyncio.to_thread(drawing.as_json, graph, xray))
 
 
 def _info(graph: LoadedGraph) -> GraphInfo:

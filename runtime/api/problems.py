@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,17 +13,44 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from runtime.api import document
+from runtime.api.document import RUN_ID, TRACE_ID, headers
+from runtime.engines.serde import StateTypeBlocked
 from runtime.errors import (
     Conflict,
     CursorAhead,
+    Draining,
     InvalidRequest,
     NotFound,
+    QueueFull,
     SerenoError,
+    StorageFailed,
+    ThreadBusy,
+    ThreadHeld,
     Unavailable,
+    UnknownGraph,
+    UnknownRun,
+    UnknownThread,
 )
 from telemetry import http
 
-__all__ = ["RESPONSES", "BadCursor", "install", "problem"]
+__all__ = [
+    "AHEAD",
+    "BAD_CURSOR",
+    "BLOCKED",
+    "BUSY",
+    "HELD",
+    "NOT_NOW",
+    "NO_GRAPH",
+    "NO_RUN",
+    "NO_THREAD",
+    "RESPONSES",
+    "UNREADABLE",
+    "BadCursor",
+    "install",
+    "may",
+    "problem",
+]
 
 
 class BadCursor(InvalidRequest):
@@ -54,36 +81,20 @@ MEDIA_TYPE = "application/problem+json"
 
 _log = structlog.get_logger("api")
 
-#: For the OpenAPI document: what any address may answer instead.
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {
-        "description": "A problem (RFC 9457).",
-        "content": {
-            MEDIA_TYPE: {
-                "schema": {
-                    "type": "object",
-                    "required": ["type", "title", "status", "code", "detail"],
-                    "properties": {
-                        "type": {"type": "string"},
-                        "title": {"type": "string"},
-                        "status": {"type": "integer"},
-                        "code": {"type": "string"},
-                        "detail": {"type": "string"},
-                        "field": {"type": "string"},
-                        "run_id": {"type": "string"},
-                        "thread_id": {"type": "string"},
-                        "active_run": {"type": "string"},
-                        "trace_id": {"type": "string"},
-                    },
-                }
-            }
-        },
-    }
-}
+#: Codes that have no error of ours.
+INVALID_JSON = (400, "invalid_json", "the body is not JSON: unexpected end of data")
+TOO_LARGE = (413, "body_too_large", "the body is larger than 16777216 bytes")
+NOT_DECLARED = (
+    415,
+    "unsupported_media_type",
+    "send the body with Content-Type: application/json",
+)
+INTERNAL = (500, "internal", "the request could not be answered; the server's log says why")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the app with a problem."""
+    """Answer every error of the app with a problem, and say so in its document."""
+    document.install(app)
     app.add_exception_handler(SerenoError, _ours)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -99,7 +110,59 @@ def problem(
     **members: Any,
 ) -> JSONResponse:
     """A problem document; members that are None are left out. A trace is the request's."""
-    body = {
+    body = _body(status, code, detail, members)
+    if (trace_id := http.current().trace_id) is not None:
+        body["trace_id"] = trace_id
+    return _Problem(body, status, headers=headers)
+
+
+#: One of each, for the OpenAPI document.
+NO_RUN = UnknownRun(RUN_ID)
+NO_THREAD = UnknownThread("t1")
+NO_GRAPH = UnknownGraph("reserch", ("research", "screening"))
+BUSY = ThreadBusy("t1", RUN_ID)
+HELD = ThreadHeld("t1", RUN_ID, "fetch")
+BAD_CURSOR = BadCursor("first")
+AHEAD = CursorAhead(120, 57)
+#: Why a run is not taken now, or a store cannot be read or written.
+NOT_NOW = (Draining(), QueueFull(1000), StorageFailed("database or disk is full"))
+UNREADABLE = NOT_NOW[-1]
+#: Of whoever reads a thread's state.
+BLOCKED = StateTypeBlocked("agent.state:Plan")
+
+
+def may(
+    *errors: SerenoError | tuple[int, str, str], body: bool = False
+) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: problems that a route may answer, one of each. A route that reads
+    a body may find it unreadable."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for error in (*errors, *((INVALID_JSON, TOO_LARGE, NOT_DECLARED) if body else ())):
+        if isinstance(error, SerenoError):
+            members = {name: getattr(error, name, None) for name in MEMBERS}
+            example = _body(_status(error), error.code, str(error), members)
+        else:
+            status, code, detail = error
+            example = _body(status, code, detail, {})
+        answer = found.setdefault(example["status"], _documented(example["title"]))
+        if isinstance(error, Unavailable):
+            answer["headers"] = headers("Retry-After")
+        answer["content"][MEDIA_TYPE]["examples"][example["code"]] = {
+            "value": {**example, "trace_id": TRACE_ID}
+        }
+    return found
+
+
+def _documented(description: str) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        "description": description,
+        "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}},
+    }
+
+
+def _body(status: int, code: str, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
@@ -107,9 +170,16 @@ def problem(
         "detail": detail,
         **{name: value for name, value in members.items() if value is not None},
     }
-    if (trace_id := http.current().trace_id) is not None:
-        body["trace_id"] = trace_id
-    return _Problem(body, status, headers=headers)
+
+
+def _status(error: SerenoError) -> int:
+    return next(status for kind, status in STATUSES if isinstance(error, kind))
+
+
+#: For the OpenAPI document: what any address may answer besides.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {**may(INTERNAL)[500], "description": "A problem (RFC 9457)."}
+}
 
 
 class _Problem(JSONResponse):
@@ -122,7 +192,7 @@ class _Problem(JSONResponse):
 
 async def _ours(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, SerenoError)
-    status = next(status for kind, status in STATUSES if isinstance(exc, kind))
+    status = _status(exc)
     if status >= 500:
         http.current().failed(exc)
     headers = {"Retry-After": str(exc.retry_after)} if isinstance(exc, Unavailable) else None
@@ -156,7 +226,7 @@ async def _http(request: Request, exc: Exception) -> Response:
 async def _unexpected(request: Request, exc: Exception) -> Response:
     http.current().failed(exc)  # before the answer, with which the request's span ends
     _log.error("Request failed", path=request.url.path, exc_info=exc)
-    return problem(500, "internal", "the request could not be answered; the server's log says why")
+    return problem(*INTERNAL)
 
 
 def _field(loc: Sequence[Any]) -> str:

@@ -12,16 +12,35 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import AfterValidator
 
 from runtime.api.dependencies import Services, ServicesDep
-from runtime.api.problems import RESPONSES, BadCursor
+from runtime.api.document import RUN_ID, headers, stream_content
+from runtime.api.problems import (
+    AHEAD,
+    BAD_CURSOR,
+    BLOCKED,
+    BUSY,
+    HELD,
+    NO_GRAPH,
+    NO_RUN,
+    NO_THREAD,
+    NOT_NOW,
+    RESPONSES,
+    UNREADABLE,
+    BadCursor,
+    may,
+)
 from runtime.api.schemas import (
     CancelRequest,
     JsonRoute,
+    NotYet,
     RunInfo,
+    RunList,
     RunRequest,
+    RunResult,
     run_info,
     terminal_data,
     unix_seconds,
@@ -38,6 +57,10 @@ from telemetry.recorder import otlp
 __all__ = [
     "ANSWERED",
     "NOT_YET",
+    "RESULT",
+    "Heartbeat",
+    "LastEventId",
+    "Prefer",
     "answer_new_run",
     "read_cursor",
     "result_of",
@@ -49,27 +72,142 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"], route_class=JsonRoute, resp
 #: The longest that a request may wait for a result, in seconds.
 WAIT_MAX = 60.0
 
-#: For the OpenAPI document.
+#: The shortest time between heartbeats that a reader may ask for, in seconds.
+HEARTBEAT_MIN = 0.1
+
+_RUN_HEADERS = headers("Location", "X-Run-Id", "X-Trace-Id")
+#: For the OpenAPI document: what a request that starts a run may answer.
 ANSWERED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The run's lines, or its result: what `Accept` and `Prefer` asked for.",
-        "content": {MEDIA_TYPE: {}, "application/json": {"schema": {"type": "object"}}},
+        "model": RunResult,
+        "headers": headers("Location", "X-Run-Id", "X-Trace-Id", "X-Log-Id"),
+        "content": {MEDIA_TYPE: stream_content()},
+    },
+    202: {"description": "The run is committed.", "headers": _RUN_HEADERS},
+}
+RESULT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The run has ended, one way or the other.",
+        "model": RunResult,
+        "headers": headers("X-Run-Id", "X-Trace-Id"),
     }
 }
-NOT_YET: dict[int | str, dict[str, Any]] = {202: {"description": "There is no result yet."}}
+NOT_YET: dict[int | str, dict[str, Any]] = {
+    202: {"description": "There is no result yet.", "model": NotYet, "headers": _RUN_HEADERS}
+}
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The run's lines, one JSON object each.",
+        "headers": headers("Location", "X-Run-Id", "X-Trace-Id", "X-Log-Id"),
+        "content": {MEDIA_TYPE: stream_content()},
+    },
+    **NOTHING_MORE,
+}
+SPANS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "OTLP/JSON, as a collector takes it at `/v1/traces`.",
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "required": ["resourceSpans"]},
+                "example": {"resourceSpans": [], "open": [], "complete": True},
+            }
+        },
+    }
+}
+#: What a request body may look like.
+RUN_EXAMPLES: dict[str, Any] = {
+    "input": {
+        "summary": "A new run on a thread",
+        "value": {
+            "graph": "research",
+            "thread_id": "t1",
+            "input": {"question": "How do streams survive retries?"},
+        },
+    },
+    "all": {
+        "summary": "Values are recorded as well, and there is an end to it",
+        "value": {
+            "graph": "screening",
+            "input": {"job": "backend-engineer"},
+            "stream": ["updates", "values", "messages", "custom"],
+            "deadline_s": 60,
+            "metadata": {"asked_by": "ana"},
+        },
+    },
+    "command": {
+        "summary": "Answer an interrupt and change the state at once",
+        "value": {
+            "graph": "research",
+            "thread_id": "t1",
+            "command": {"resume": {"approve": True}, "update": {"notes": []}},
+        },
+    },
+}
 
-RunId = Annotated[str, Path(description="A run's id.")]
+
+def _spaced(seconds: float | None) -> float | None:
+    if seconds is not None and 0 < seconds < HEARTBEAT_MIN:
+        raise ValueError(f"use {HEARTBEAT_MIN} or more seconds, or 0 for none")
+    return seconds
 
 
-@router.post("", status_code=202, response_model=RunInfo, responses=ANSWERED)
+RunId = Annotated[str, Path(description="A run's id.", examples=[RUN_ID])]
+Heartbeat = Annotated[
+    float | None,
+    Query(
+        ge=0,
+        le=3600,
+        description="Seconds of silence after which a `heartbeat` line comes: 0 for none, else "
+        "0.1 or more; SERENO_HEARTBEAT_S unless said.",
+    ),
+    AfterValidator(_spaced),
+]
+LastEventId = Annotated[
+    str | None,
+    Header(alias="Last-Event-ID", description="The same as `after`, which wins."),
+]
+Prefer = Annotated[
+    str | None,
+    Header(
+        description="`wait=30` waits so many seconds for the result, at most 60.",
+        examples=["wait=30"],
+    ),
+]
+
+
+@router.post(
+    "",
+    summary="Start a run",
+    status_code=202,
+    response_model=RunInfo,
+    responses={
+        **ANSWERED,
+        **may(
+            NO_GRAPH,
+            NO_THREAD,
+            BUSY,
+            HELD,
+            InvalidRequest("input.question", "is required by the graph's input schema"),
+            BLOCKED,
+            *NOT_NOW,
+            body=True,
+        ),
+    },
+)
 async def start(
-    body: RunRequest,
+    body: Annotated[RunRequest, Body(openapi_examples=RUN_EXAMPLES)],
     request: Request,
     services: ServicesDep,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(alias="Idempotency-Key", description="Not supported yet: leave it out."),
+    ] = None,
+    prefer: Prefer = None,
 ) -> Response:
-    """Start a run. Answers 202 at once; streams with `Accept: application/x-ndjson`; waits for the
-    result with `Prefer: wait=30`."""
+    """Commits a run on a thread that has no other. Answers 202 at once; streams the run's lines
+    with `Accept: application/x-ndjson`; waits for the result with `Prefer: wait=30`. A run goes on
+    when its client goes away."""
     if idempotency_key is not None:
         raise InvalidRequest("Idempotency-Key", "not supported yet; leave the header out")
     run = await submit_request(services, body)
@@ -86,15 +224,29 @@ async def answer_new_run(services: Services, run: Run, request: Request) -> Resp
     return _accepted(run_info(run).model_dump(), run)
 
 
-@router.get("")
+@router.get(
+    "",
+    summary="List runs",
+    response_model=RunList,
+    responses=may(
+        InvalidRequest("cursor", "use next_cursor of the page before"),
+        UNREADABLE,
+    ),
+)
 async def index(
     services: ServicesDep,
-    status: RunStatus | None = None,
-    graph: str | None = None,
-    thread_id: str | None = None,
-    updated_after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    cursor: str | None = None,
+    status: Annotated[RunStatus | None, Query(description="Only runs that are so now.")] = None,
+    graph: Annotated[str | None, Query(description="Only runs of this graph.")] = None,
+    thread_id: Annotated[str | None, Query(description="Only runs on this thread.")] = None,
+    updated_after: Annotated[
+        str | None,
+        Query(
+            description="Only runs with a line after this time: RFC 3339 or unix seconds.",
+            examples=["2026-11-24T17:00:00Z"],
+        ),
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=500, description="Runs on a page.")] = 50,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
 ) -> dict[str, Any]:
     """Runs, newest first, a page at a time."""
     since = unix_seconds(updated_after, "updated_after") if updated_after is not None else None
@@ -114,9 +266,14 @@ async def index(
     }
 
 
-@router.get("/{run_id}", response_model=RunInfo)
+@router.get(
+    "/{run_id}",
+    summary="Look at a run",
+    response_model=RunInfo,
+    responses={200: {"headers": headers("X-Trace-Id")}, **may(NO_RUN, UNREADABLE)},
+)
 async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
-    """A run as it is now."""
+    """A run as it is now: where it stands in the queue, or how it ended."""
     run = await _named(services, run_id)
     if run.terminal is not None:
         lines = await services.engine.read(run_id, run.terminal - 1, 1)
@@ -129,17 +286,41 @@ async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
     return run_info(run, queue_position=position)
 
 
-@router.get("/{run_id}/stream", response_class=LinesResponse, responses=NOTHING_MORE)
+@router.get(
+    "/{run_id}/stream",
+    summary="Follow a run",
+    response_class=LinesResponse,
+    responses={
+        **LINES,
+        **may(
+            BAD_CURSOR,
+            AHEAD,
+            NO_RUN,
+            InvalidRequest("types", f"'node' is no line type; known: {', '.join(STORED_TYPES)}"),
+            UNREADABLE,
+        ),
+    },
+)
 async def stream(
     run_id: RunId,
     services: ServicesDep,
-    after: Annotated[str | None, Query(description="A seq that was seen, or `latest`.")] = None,
-    types: Annotated[str | None, Query(description="A comma list of line types.")] = None,
+    after: Annotated[
+        str | None,
+        Query(description="The `seq` that was seen last, 0, or `latest`.", examples=["12"]),
+    ] = None,
+    types: Annotated[
+        str | None,
+        Query(
+            description="A comma list of line types; the terminal line comes always.",
+            examples=["node.retrying,call.retrying"],
+        ),
+    ] = None,
     follow: Annotated[bool, Query(description="0 ends when the reader has caught up.")] = True,
-    heartbeat: Annotated[float | None, Query(ge=0, le=3600)] = None,
-    last_event_id: Annotated[str | None, Header()] = None,
+    heartbeat: Heartbeat = None,
+    last_event_id: LastEventId = None,
 ) -> Response:
-    """A run's lines from a cursor on: what is stored first, then what comes."""
+    """A run's lines from a cursor on: what is stored first, then what comes, to the terminal line.
+    A stream that ends without one was cut: reconnect with the last `seq`."""
     run = await _named(services, run_id)
     return stream_of(
         services,
@@ -151,14 +332,28 @@ async def stream(
     )
 
 
-@router.get("/{run_id}/data/{seq}/{member}")
+@router.get(
+    "/{run_id}/data/{seq}/{member}",
+    summary="Read a large member",
+    responses={
+        200: {
+            "description": "The member, as it would have stood in the line's `data`.",
+            "content": {"application/json": {"schema": {}}},
+        },
+        **may(
+            NotFound(f"line 3 of run {RUN_ID!r} has no large member 'update'"),
+            InvalidRequest("seq", "Input should be greater than or equal to 1"),
+            UNREADABLE,
+        ),
+    },
+)
 async def data(
     run_id: RunId,
-    seq: Annotated[int, Path(ge=1, lt=2**53)],
-    member: str,
+    seq: Annotated[int, Path(ge=1, lt=2**53, description="The line's seq.")],
+    member: Annotated[str, Path(description="The member's name in `data`.", examples=["update"])],
     services: ServicesDep,
 ) -> Response:
-    """A member that was too large for its line."""
+    """A member that was too large for its line, in which `$ref` stands for it."""
     await _named(services, run_id)
     body = await services.engine.data(run_id, seq, member)
     if body is None:
@@ -167,7 +362,11 @@ async def data(
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.get("/{run_id}/trace")
+@router.get(
+    "/{run_id}/trace",
+    summary="Read a run's trace",
+    responses={**SPANS, **may(NO_RUN, TraceNotRecorded(RUN_ID), UNREADABLE)},
+)
 async def trace(run_id: RunId, services: ServicesDep) -> JSONResponse:
     """The run's spans as OTLP/JSON, from this process's own recorder. Those that have not ended
     are under `open`; `complete` is false when an epoch's are gone."""
@@ -178,11 +377,25 @@ async def trace(run_id: RunId, services: ServicesDep) -> JSONResponse:
     return JSONResponse(otlp(recorded), headers={"Cache-Control": "no-store"})
 
 
-@router.get("/{run_id}/wait", responses=NOT_YET)
+@router.get(
+    "/{run_id}/wait",
+    summary="Wait for a run's result",
+    responses={
+        **RESULT,
+        **NOT_YET,
+        **may(
+            NO_RUN,
+            InvalidRequest("timeout", "Input should be greater than or equal to 0"),
+            UNREADABLE,
+        ),
+    },
+)
 async def wait(
     run_id: RunId,
     services: ServicesDep,
-    timeout: Annotated[float, Query(ge=0)] = WAIT_MAX,
+    timeout: Annotated[
+        float, Query(ge=0, description="Seconds to wait; more than 60 are 60.")
+    ] = WAIT_MAX,
 ) -> Response:
     """The result: 200 for every outcome, 202 when there is none yet."""
     run = await _named(services, run_id)
@@ -191,12 +404,26 @@ async def wait(
 
 @router.post(
     "/{run_id}/cancel",
+    summary="Cancel a run",
     status_code=202,
     response_model=RunInfo,
-    responses={200: {"description": "The run has ended: its result."}},
+    responses={
+        **RESULT,
+        202: {"description": "The run is asked to end.", "headers": _RUN_HEADERS},
+        **may(
+            NO_RUN,
+            InvalidRequest("reason", "String should have at most 500 characters"),
+            UNREADABLE,
+            body=True,
+        ),
+    },
 )
 async def cancel(
-    run_id: RunId, services: ServicesDep, body: CancelRequest | None = None
+    run_id: RunId,
+    services: ServicesDep,
+    body: Annotated[
+        CancelRequest | None, Body(examples=[{"reason": "the question has changed"}])
+    ] = None,
 ) -> Response:
     """Ask a run to end. Idempotent: an ended run answers 200 with its outcome."""
     reason = (body.reason if body else None) or "api"

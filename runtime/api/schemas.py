@@ -14,21 +14,36 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from runtime.errors import InvalidRequest
 from runtime.events import rfc3339
-from runtime.model import MODES, Run
+from runtime.model import MODES, Run, RunStatus
 
 __all__ = [
     "CancelRequest",
+    "Checked",
+    "Drawing",
     "GraphInfo",
+    "GraphList",
+    "GraphSchema",
+    "Health",
     "JsonRoute",
+    "NotYet",
     "ResumeRequest",
     "RunInfo",
+    "RunList",
     "RunRequest",
+    "RunResult",
     "SeedRequest",
     "ThreadState",
     "new_run_id",
@@ -125,10 +140,34 @@ def _finite(text: str) -> float:
     return number
 
 
+#: RFC 3339 in UTC.
+Time = Annotated[str, Field(examples=["2026-11-24T17:06:08.978Z"])]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     _storable = field_validator("*", mode="before")(check_storable)
+
+
+ThreadName = Annotated[
+    str | None,
+    Field(
+        description="The line of state to go on; without it a new one, named after the run.",
+        json_schema_extra={"examples": ["t1"], "pattern": f"^{ID.pattern}$"},
+    ),
+]
+Recorded = Annotated[
+    list[Mode] | None,
+    Field(
+        description="The modes to record; `updates messages custom` unless said.",
+        examples=[["updates", "messages", "custom", "values"]],
+    ),
+]
+Deadline = Annotated[
+    Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None,
+    Field(description="Seconds from now until `run.timed_out`, queue and restarts included."),
+]
 
 
 class Command(_Body):
@@ -165,22 +204,50 @@ class RunConfig(_Body):
     max_concurrency: Annotated[int, Field(ge=1)] | None = None
 
 
+def _either(schema: dict[str, Any]) -> None:
+    """For the OpenAPI document: one of input and command is there."""
+    command = {"required": ["command"], "properties": {"command": {"type": "object"}}}
+    schema["anyOf"] = [{"required": ["input"]}, command]
+
+
 class RunRequest(_Body):
     """A new run. Exactly one of `input` and `command`; `input: null` goes on from the thread's
     state."""
 
-    graph: str
-    input: Any = None
-    command: Command | None = None
-    thread_id: str | None = None
-    checkpoint_id: str | None = None
+    model_config = ConfigDict(json_schema_extra=_either)
+
+    graph: Annotated[str, Field(description="The name of a graph that is served.")]
+    input: Annotated[
+        Any, Field(description="The graph's input; null goes on from the thread's state.")
+    ] = None
+    command: Annotated[
+        Command | None, Field(description="As LangGraph's Command; needs `thread_id`.")
+    ] = None
+    thread_id: ThreadName = None
+    checkpoint_id: Annotated[
+        str | None, WithJsonSchema({"type": "null", "description": "Not supported yet."})
+    ] = None
     config: RunConfig | None = None
-    context: dict[str, Any] | None = None
-    stream: list[Mode] | None = None
-    deadline_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None = None
-    multitask: str | None = None
-    durability: Literal["sync", "async", "exit"] | None = None
-    metadata: dict[str, Any] | None = None
+    context: Annotated[dict[str, Any] | None, Field(description="The graph's runtime context.")] = (
+        None
+    )
+    stream: Recorded = None
+    deadline_s: Deadline = None
+    multitask: Annotated[
+        str | None,
+        Field(
+            description="What happens on a thread that is busy; only `reject` is supported yet.",
+            json_schema_extra={"enum": ["reject", None]},
+        ),
+    ] = None
+    durability: Annotated[
+        Literal["sync", "async", "exit"] | None,
+        Field(description="When checkpoints are written: `sync` before the next superstep begins."),
+    ] = None
+    metadata: Annotated[
+        dict[str, Any] | None,
+        Field(description="Kept with the run, and told by `run.queued`."),
+    ] = None
 
     _ids = field_validator("thread_id")(check_id)
 
@@ -221,9 +288,9 @@ class RunRequest(_Body):
 class ResumeRequest(_Body):
     """The answer to an interrupt: `{interrupt_id: value}`, or a bare value when one is pending."""
 
-    resume: Any
-    stream: list[Mode] | None = None
-    deadline_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] | None = None
+    resume: Annotated[Any, Field(description="`{interrupt_id: value}`, or the value alone.")]
+    stream: Recorded = None
+    deadline_s: Deadline = None
 
 
 class CancelRequest(_Body):
@@ -235,9 +302,11 @@ class CancelRequest(_Body):
 class SeedRequest(_Body):
     """A run of the seed profile; everything has a default."""
 
-    thread_id: str | None = None
-    graph: str | None = None
-    input: dict[str, Any] | None = None
+    thread_id: ThreadName = None
+    graph: Annotated[str | None, Field(description="SERENO_DEFAULT_GRAPH unless said.")] = None
+    input: Annotated[
+        dict[str, Any] | None, Field(description="The graph's default input unless said.")
+    ] = None
 
     _ids = field_validator("thread_id")(check_id)
 
@@ -245,34 +314,132 @@ class SeedRequest(_Body):
 class RunInfo(BaseModel):
     """A run as it is now."""
 
+    run_id: Annotated[str, Field(examples=["01KAV3V2Q4X8ZJ5T9W6M1N7R0C"])]
+    thread_id: Annotated[str, Field(examples=["t1"])]
+    graph: Annotated[str, Field(examples=["research"])]
+    status: RunStatus
+    epoch: Annotated[int, Field(description="How many processes have taken it up.")]
+    last_seq: Annotated[int, Field(description="The last line that there is: a cursor.")]
+    created_at: Time
+    updated_at: Time
+    started_at: Time | None
+    ended_at: Time | None
+    deadline: Time | None = None
+    cancel_reason: str | None = None
+    stream: Annotated[list[str], Field(description="The modes that are recorded.")]
+    metadata: dict[str, Any] | None = None
+    #: While it waits.
+    queue_position: Annotated[
+        int | None,
+        Field(description="Runs that were submitted before it and have not started."),
+    ] = None
+    result: Annotated[
+        dict[str, Any] | None,
+        Field(description="What the terminal line says, without the output."),
+    ] = None
+
+
+class RunList(BaseModel):
+    """A page of runs, newest first."""
+
+    runs: list[RunInfo]
+    next_cursor: Annotated[str | None, Field(description="`cursor` of the next page, if any.")]
+
+
+class RunResult(BaseModel):
+    """The data of a run's terminal line, and which run it is."""
+
+    model_config = ConfigDict(extra="allow")
+
     run_id: str
     thread_id: str
-    graph: str
-    status: str
-    epoch: int
-    last_seq: int
-    created_at: str
-    updated_at: str
-    started_at: str | None
-    ended_at: str | None
-    deadline: str | None = None
-    cancel_reason: str | None = None
-    stream: list[str]
-    metadata: dict[str, Any] | None = None
-    #: While it waits: how many runs were submitted before it and have not started.
-    queue_position: int | None = None
-    #: What the terminal line says, without the output.
-    result: dict[str, Any] | None = None
+    status: Literal["success", "error", "timeout", "interrupted", "cancelled"]
+    final: Literal[True]
+    output: Annotated[Any, Field(description="Of a success.")] = None
+    error: Annotated[
+        dict[str, Any] | None, Field(description="Of an error or a timeout: its `code` and class.")
+    ] = None
+    interrupts: Annotated[
+        list[dict[str, Any]] | None, Field(description="What an interrupted run asks.")
+    ] = None
+
+
+class NotYet(BaseModel):
+    """There is no result yet: ask again at `Location`."""
+
+    run_id: str
+    status: RunStatus
 
 
 class GraphInfo(BaseModel):
     """A graph that is served."""
 
-    name: str
+    name: Annotated[str, Field(examples=["research"])]
     description: str | None
     nodes: list[str]
-    default_input: Any = None
-    digest: str
+    default_input: Annotated[
+        Any, Field(description="What a run of the seed profile starts from.")
+    ] = None
+    digest: Annotated[str, Field(description="Changes when nodes, edges or channels do.")]
+
+
+class GraphList(BaseModel):
+    """The graphs that are served."""
+
+    graphs: list[GraphInfo]
+    failures: Annotated[
+        dict[str, str], Field(description="Graphs that could not be loaded, and why.")
+    ]
+
+
+class GraphSchema(BaseModel):
+    """JSON Schemas; `{}` is anything."""
+
+    input: dict[str, Any]
+    output: dict[str, Any]
+    context: Annotated[
+        dict[str, Any] | None, Field(description="null: the graph takes no context.")
+    ]
+
+
+class DrawnNode(BaseModel):
+    """A box."""
+
+    id: Annotated[str, Field(examples=["investigate:search"])]
+    label: Annotated[str, Field(examples=["search"])]
+    kind: Literal["start", "end", "node", "subgraph"]
+
+
+class DrawnEdge(BaseModel):
+    """An arrow."""
+
+    source: str
+    target: str
+    conditional: Annotated[bool, Field(description="Whether another one may be taken instead.")]
+    label: Annotated[str, Field(description="The branch that it is of; absent without one.")] = ""
+
+
+class Drawing(BaseModel):
+    """A graph as boxes and arrows."""
+
+    graph: str
+    xray: int
+    nodes: list[DrawnNode]
+    edges: list[DrawnEdge]
+
+
+class Health(BaseModel):
+    """The event loop answers."""
+
+    status: Literal["ok"]
+    ts: Annotated[int, Field(description="Unix seconds.")]
+
+
+class Checked(BaseModel):
+    """Checks and what each has found."""
+
+    status: Literal["pass", "fail"]
+    checks: list[dict[str, Any]]
 
 
 class ThreadState(BaseModel):
@@ -281,11 +448,13 @@ class ThreadState(BaseModel):
     thread_id: str
     graph: str
     values: Any
-    next: list[str]
-    interrupts: list[dict[str, Any]]
+    next: Annotated[list[str], Field(description="The nodes that come next.")]
+    interrupts: Annotated[
+        list[dict[str, Any]], Field(description="What it waits for: `id` and `value` of each.")
+    ]
     checkpoint_id: str | None
     created_at: str | None
-    active_run: str | None
+    active_run: Annotated[str | None, Field(description="The run that has the thread.")]
 
 
 def run_info(run: Run, **more: Any) -> RunInfo:

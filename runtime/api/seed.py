@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Response
 
 from runtime.api.dependencies import Services, ServicesDep
-from runtime.api.problems import RESPONSES
-from runtime.api.runs import NOT_YET, WAIT_MAX, read_cursor, result_of
+from runtime.api.document import RUN_ID, headers, stream_content
+from runtime.api.problems import (
+    AHEAD,
+    BAD_CURSOR,
+    BUSY,
+    HELD,
+    NO_GRAPH,
+    NO_RUN,
+    NO_THREAD,
+    NOT_NOW,
+    RESPONSES,
+    may,
+)
+from runtime.api.runs import (
+    NOT_YET,
+    RESULT,
+    WAIT_MAX,
+    Heartbeat,
+    LastEventId,
+    read_cursor,
+    result_of,
+)
 from runtime.api.schemas import JsonRoute, SeedRequest, check_id
 from runtime.api.stream import NOTHING_MORE, LinesResponse, acts_on, stream_of
 from runtime.api.submitting import default_input, latest_run, submit_stored
@@ -22,24 +42,91 @@ from runtime.errors import (
 )
 from runtime.graphs import LoadedGraph
 from runtime.model import SEED, Run
+from runtime.transports.ndjson import MEDIA_TYPE
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/api", tags=["seed profile"], route_class=JsonRoute, responses=RESPONSES)
 
 
-@router.get("/stream", response_class=LinesResponse, responses=NOTHING_MORE)
+#: For the OpenAPI document.
+SEED_EXAMPLE = """\
+{"v":1,"seq":3,"type":"node.started","run_id":"01KAV3…","node":"load","attempt":1,"data":{}}
+{"v":1,"seq":5,"type":"snapshot","run_id":"01KAV3…","nodes":["load"],"snapshot":{"job":"backend-engineer"}}
+{"v":1,"seq":9,"type":"final","run_id":"01KAV3…","ok":true,"status":"success","data":{}}
+"""
+SEED_LINES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The task's lines, one JSON object each.",
+        "headers": headers("Location", "X-Run-Id", "X-Trace-Id", "X-Log-Id"),
+        "content": {MEDIA_TYPE: stream_content(SEED_EXAMPLE, "SeedLine")},
+    }
+}
+START_EXAMPLES: dict[str, Any] = {
+    "nothing": {"summary": "The default graph, its default input", "value": {}},
+    "all": {
+        "summary": "A task by name",
+        "value": {"graph": "screening", "thread_id": "demo", "input": {"job": "backend-engineer"}},
+    },
+}
+
+
+class OtherGraph(Conflict):
+    """The thread's run is one of another graph."""
+
+    code = "other_graph"
+
+    def __init__(self, thread_id: str, run_id: str, graph: str, asked: str) -> None:
+        super().__init__(
+            f"thread {thread_id!r} has run {run_id!r} of graph {graph!r}, not {asked!r}"
+        )
+        self.active_run = run_id
+
+
+STARTING = (
+    NO_GRAPH,
+    BUSY,
+    HELD,
+    NotRecorded(RUN_ID, "values"),
+    OtherGraph("t1", RUN_ID, "research", "screening"),
+    InvalidRequest("thread_id", "use 1 to 128 of the characters A-Z a-z 0-9 _ . : -"),
+    *NOT_NOW,
+)
+
+Task = Annotated[SeedRequest | None, Body(openapi_examples=START_EXAMPLES)]
+
+
+@router.get(
+    "/stream",
+    summary="Attach to a task, or start it",
+    response_class=LinesResponse,
+    responses={
+        **SEED_LINES,
+        **NOTHING_MORE,
+        **may(BAD_CURSOR, AHEAD, NO_RUN, NO_THREAD, *STARTING),
+    },
+)
 async def attach(
     services: ServicesDep,
-    thread_id: str | None = None,
-    graph: str | None = None,
-    run_id: str | None = None,
-    after: str | None = None,
-    last_event_id: Annotated[str | None, Header()] = None,
-    sec_purpose: Annotated[str | None, Header()] = None,
-    heartbeat: Annotated[float | None, Query(ge=0, le=3600)] = None,
+    thread_id: Annotated[
+        str | None, Query(description="The task's name; without it a new one.", examples=["demo"])
+    ] = None,
+    graph: Annotated[
+        str | None, Query(description="SERENO_DEFAULT_GRAPH unless said.", examples=["screening"])
+    ] = None,
+    run_id: Annotated[str | None, Query(description="Attach to this run of it.")] = None,
+    after: Annotated[
+        str | None, Query(description="Only read, from this `seq` on.", examples=["12"])
+    ] = None,
+    last_event_id: LastEventId = None,
+    sec_purpose: Annotated[
+        str | None,
+        Header(alias="Sec-Purpose", description="A prefetch is refused: this starts a task."),
+    ] = None,
+    heartbeat: Heartbeat = None,
 ) -> Response:
-    """Attach to the thread's run, or start one. With `after` it only reads."""
+    """Attach to the thread's run, or start one. With `after` it only reads. Its lines are those of
+    profile v1, with `snapshot` for `values` and `final` for the terminal line."""
     if sec_purpose is not None and "prefetch" in sec_purpose:
         raise InvalidRequest("Sec-Purpose", "this address starts a task: it is not prefetched")
     _valid_thread(thread_id)
@@ -59,18 +146,27 @@ async def attach(
     return _seed_stream(services, run, graph, 0, heartbeat, origin=True)
 
 
-@router.post("/stream", response_class=LinesResponse)
+@router.post(
+    "/stream",
+    summary="Start a task and stream it",
+    response_class=LinesResponse,
+    responses={**SEED_LINES, **may(*STARTING, body=True)},
+)
 @router.post("/run/stream", include_in_schema=False)
-async def start(services: ServicesDep, body: SeedRequest | None = None) -> Response:
-    """Start a task and stream it; the same body on its active run attaches."""
+async def start(services: ServicesDep, body: Task = None) -> Response:
+    """The same body on its active run attaches."""
     body = body or SeedRequest()
     run, started = await _start_or_same(services, body)
     return _seed_stream(services, run, body.graph, 0, None, origin=started)
 
 
-@router.post("/run", responses=NOT_YET)
-async def run(services: ServicesDep, body: SeedRequest | None = None) -> Response:
-    """Start a task and wait for its result."""
+@router.post(
+    "/run",
+    summary="Start a task and wait for its result",
+    responses={**RESULT, **NOT_YET, **may(*STARTING, body=True)},
+)
+async def run(services: ServicesDep, body: Task = None) -> Response:
+    """Waits for 60 seconds at most. The same body on its active run attaches."""
     run, _ = await _start_or_same(services, body or SeedRequest())
     acts_on(run)
     return await result_of(services, run, WAIT_MAX)
@@ -119,7 +215,7 @@ def _seed_stream(
 ) -> Response:
     acts_on(run)
     if graph is not None and graph != run.graph:
-        raise OtherGraph(run, graph)
+        raise OtherGraph(run.thread_id, run.run_id, run.graph, graph)
     if "values" not in run.modes:
         raise NotRecorded(run.run_id, "values")
     transport = services.seed.showing(_public(services, run.graph))
@@ -135,18 +231,6 @@ def _public(services: Services, name: str) -> frozenset[str] | None:
     except UnknownGraph:  # served by another configuration
         return None
     return None if isinstance(keys, str) else frozenset(keys)
-
-
-class OtherGraph(Conflict):
-    """The thread's run is one of another graph."""
-
-    code = "other_graph"
-
-    def __init__(self, run: Run, asked: str) -> None:
-        super().__init__(
-            f"thread {run.thread_id!r} has run {run.run_id!r} of graph {run.graph!r}, not {asked!r}"
-        )
-        self.active_run = run.run_id
 
 
 def _graph(services: Services, name: str | None) -> LoadedGraph:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Body, Path, Request, Response
 
 from runtime.api.dependencies import ServicesDep
-from runtime.api.problems import RESPONSES
-from runtime.api.runs import ANSWERED, answer_new_run
+from runtime.api.document import headers
+from runtime.api.problems import (
+    BLOCKED,
+    BUSY,
+    HELD,
+    NO_GRAPH,
+    NO_THREAD,
+    NOT_NOW,
+    RESPONSES,
+    UNREADABLE,
+    may,
+)
+from runtime.api.runs import ANSWERED, Prefer, answer_new_run
 from runtime.api.schemas import JsonRoute, ResumeRequest, RunInfo, ThreadState
 from runtime.api.submitting import bound_resume, latest_run, state_of, submit_stored
-from runtime.errors import ThreadBusy
+from runtime.errors import InvalidRequest, ThreadBusy
 from telemetry import http
 
 __all__ = ["router"]
@@ -20,10 +31,27 @@ router = APIRouter(
     prefix="/v1/threads", tags=["threads"], route_class=JsonRoute, responses=RESPONSES
 )
 
-ThreadId = Annotated[str, Path(description="A thread's id.")]
+ThreadId = Annotated[str, Path(description="A thread's id.", examples=["t1"])]
+
+#: What a request body may look like.
+ANSWERS: dict[str, Any] = {
+    "value": {"summary": "When one interrupt is pending", "value": {"resume": {"approve": True}}},
+    "by id": {
+        "summary": "By the interrupt's id",
+        "value": {"resume": {"6b7f0d5e2c914a83b1d7e0f9a2c4d6e8": {"approve": True}}},
+    },
+}
 
 
-@router.get("/{thread_id}/state", response_model=ThreadState)
+@router.get(
+    "/{thread_id}/state",
+    summary="Read a thread's state",
+    response_model=ThreadState,
+    responses={
+        200: {"headers": headers("X-Trace-Id")},
+        **may(NO_THREAD, NO_GRAPH, BLOCKED, UNREADABLE),
+    },
+)
 async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
     """The thread's values after its latest checkpoint, what comes next, and what it waits for."""
     run = await latest_run(services, thread_id)
@@ -42,11 +70,33 @@ async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
     return Response(services.ndjson.unstored(body), media_type="application/json")
 
 
-@router.post("/{thread_id}/resume", status_code=202, response_model=RunInfo, responses=ANSWERED)
+@router.post(
+    "/{thread_id}/resume",
+    summary="Answer an interrupt",
+    status_code=202,
+    response_model=RunInfo,
+    responses={
+        **ANSWERED,
+        **may(
+            NO_THREAD,
+            NO_GRAPH,
+            BUSY,
+            HELD,
+            InvalidRequest("resume", "no interrupt is pending on this thread"),
+            BLOCKED,
+            *NOT_NOW,
+            body=True,
+        ),
+    },
+)
 async def resume(
-    thread_id: ThreadId, body: ResumeRequest, request: Request, services: ServicesDep
+    thread_id: ThreadId,
+    body: Annotated[ResumeRequest, Body(openapi_examples=ANSWERS)],
+    request: Request,
+    services: ServicesDep,
+    prefer: Prefer = None,
 ) -> Response:
-    """Answer an interrupt: a new run goes on where the thread stopped."""
+    """A new run goes on where the thread stopped. It answers as `POST /v1/runs` does."""
     before = await latest_run(services, thread_id)
     if before.terminal is None:
         raise ThreadBusy(thread_id, before.run_id)

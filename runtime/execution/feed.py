@@ -361,7 +361,8 @@ class Feed:
             # An error passes through the nodes around the one that it is from.
             if self.failure is None or self.failure.error is not seen.error:
                 self.failure = seen
-            self._line("node.failed", {**self._error(seen.error), **numbers}, where)
+            data = {**self._error(seen.error), **numbers}
+            self._line("node.failed", data, where, seen.error)
 
     def _task(self, task: _Task) -> None:
         # Messages that come in are not output of the node that hands them on.
@@ -562,6 +563,7 @@ class Feed:
         if "node" in where:
             fields["node"] = "/".join((*where["ns"], where["node"]))
         fields |= {name: data[name] for name in _RECORD_DATA if name in data}
+        fields["seq"] = self._history.last_seq
         if error is not None and (message := self._segment.message(error)) is not None:
             fields["error"] = message
         getattr(self._log, level)(text, event_type=type, **fields)

@@ -343,6 +343,8 @@ class Worker:
             thread_id=run.thread_id,
             graph=run.graph,
             epoch=segment.epoch,
+            seq=claim.event.seq,
+            **({} if first else {"reason": "crash" if _crashed(run) else "drain"}),
         )
         segment.claimed(waited_s=claim.event.ts - run.created_at if first else None)
         if _crashed(run):
@@ -543,7 +545,7 @@ class Worker:
         bad = data.get("status") in ("error", "timeout")
         log = self._log.warning if bad else self._log.info
         log(
-            "Run ended" if outcome.type != "run.requeued" else "Run requeued",
+            _SAID[outcome.type],
             event_type=outcome.type,
             **segment.line_ids,
             run_id=run.run_id,
@@ -676,6 +678,15 @@ class NodeExecutor(ThreadPoolExecutor):
         metrics["executor_queue"].watch(self._work_queue.qsize)
 
 
+#: The messages of records of the last line of an epoch.
+_SAID = {
+    "run.completed": "Run completed",
+    "run.failed": "Run failed",
+    "run.cancelled": "Run cancelled",
+    "run.timed_out": "Run timed out",
+    "run.interrupted": "Run interrupted",
+    "run.requeued": "Run requeued",
+}
 #: What the record of a run's end says of its error.
 _ERROR_FIELDS = ("code", "node", "task", "error_class", "error_type")
 _DEADLINE = Outcome(

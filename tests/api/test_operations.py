@@ -216,7 +216,7 @@ async def test_a_server_that_others_can_reach_needs_to_be_insecure(serve: Servin
 
 
 @pytest.mark.parametrize(
-    "path", ["/nope", "/v1", "/v1/runs/x/traces", "/v1/graphs/free/drawing", "/docs", "/redoc"]
+    "path", ["/nope", "/v1", "/v1/runs/x/traces", "/v1/graphs/free/drawings", "/docs", "/redoc"]
 )
 async def test_what_is_not_there_is_a_problem(server: Server, path: str) -> None:
     told = problem(await server.get(path), 404, "not_found")

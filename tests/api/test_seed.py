@@ -71,7 +71,7 @@ async def test_two_who_come_at_once_get_one_run(server: Server, gates: Stage) ->
 
 
 async def test_the_seed_profile_has_heartbeats(server: Server, gates: Stage) -> None:
-    params = {"graph": "gated", "heartbeat": 0.02}
+    params = {"graph": "gated", "heartbeat": 0.1}
     async with server.stream("GET", "/api/stream", params=params) as stream:
         await gates.arrival("first")
         await stream.until("heartbeat")
