@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-process stack-test smoke dashboards bench bench-telemetry lint types check lock clean
+.PHONY: run test test-process stack-test smoke test-browser dashboards bench bench-telemetry lint types check lock clean
 
 run: $(READY)  ## serve the examples on port 8009
 	$(BIN)/sereno serve --config examples/screening/langgraph.json --config examples/research/langgraph.json --config examples/assistant/langgraph.json
@@ -24,6 +24,9 @@ smoke: $(READY)  ## the Docker smoke test, and that it fails when it should
 
 dashboards: $(READY)  ## write dashboards/grafana anew
 	$(BIN)/python -m dashboards.src
+
+test-browser: $(READY)  ## the page in a real Chromium; needs playwright and Debian's chromium
+	$(BIN)/pytest tests/browser
 
 bench: $(READY)  ## ratios against a naive server, in one run
 	$(BIN)/python -m benchmarks

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime import engines
+from runtime.api import console, health, problems, runs, seed, threads
 from runtime.api import graphs as graphs_api
-from runtime.api import health, problems, runs, seed, threads
 from runtime.api.dependencies import Services
 from runtime.api.schemas import RunRequest
 from runtime.api.submitting import default_input, submit_request
@@ -88,7 +88,7 @@ def _routes(settings: Settings, **options: Any) -> FastAPI:
         telemetry=http.FASTAPI_OFF,
         **options,
     )
-    for module in (runs, threads, graphs_api, seed, health):
+    for module in (runs, threads, graphs_api, seed, health, console):
         app.include_router(module.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.body_max)
@@ -448,6 +448,7 @@ def _info(settings: Settings, graphs: Graphs, engine: Engine, *, seam: str) -> d
         "name": "sereno",
         "version": version("sereno"),
         "contract": CONTRACT_VERSION,
+        "trace_url": settings.trace_url or None,
         "python": platform.python_version(),
         "langgraph": version("langgraph"),
         "seam": seam,

@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     run_heartbeat_s: float = Field(
         15.0, gt=0, description="Seconds between log records of a run that goes on."
     )
+    trace_url: str = Field("", description="Link to a trace, with {trace_id}, for the page.")
     log_level: LogLevel = Field("INFO", description="DEBUG, INFO, WARNING, ERROR or CRITICAL.")
 
     @property

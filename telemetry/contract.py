@@ -1542,7 +1542,7 @@ def classify(exc: BaseException | None) -> ErrorClass:
     """
     try:
         return _classify(exc, _DEPTH)
-    except Exception:
+    except BaseException:  # of a property or a `__str__`: nobody asked this code to stop
         return "other"
 
 
@@ -1555,7 +1555,7 @@ def error_text(exc: BaseException, limit: int = 2_000) -> str:
     """An exception's message. Never raises, whatever its `__str__` does."""
     try:
         return str.__str__(str(exc))[:limit]
-    except Exception:
+    except BaseException:
         return f"<{type(exc).__name__} without a message>"
 
 
@@ -1601,7 +1601,7 @@ def _get(owner: object, name: str) -> Any:
     """An attribute, or None when there is none or reading it fails."""
     try:
         return getattr(owner, name, None)
-    except Exception:
+    except BaseException:
         return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import requests
@@ -177,6 +178,10 @@ class _Otlp(OTLPSpanExporter):
         timeouts = (OTEL_EXPORTER_OTLP_TRACES_TIMEOUT, OTEL_EXPORTER_OTLP_TIMEOUT)
         given = any(os.environ.get(name) for name in timeouts)
         super().__init__(session=self._session, timeout=None if given else TIMEOUT_S)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._session.outcome = ""  # what fails before a request has none
+        return super().export(spans)
 
     @property
     def reason(self) -> str:

@@ -73,6 +73,8 @@ _EXPECTED = {
 _HANDLER = "node_error_handler"
 
 _listeners: list[Listener] = []
+#: Verdicts on retries that LangGraph has yet to ask for, by policy and exception.
+_judged: dict[tuple[int, int], tuple[BaseException, bool]] = {}
 _installed: list[tuple[object, str, object]] = []
 _install_lock = threading.Lock()
 _log = structlog.get_logger("telemetry")
@@ -118,6 +120,7 @@ def install() -> None:
         _patch(_runner, "arun_with_retry", _observed_async(_runner.arun_with_retry))  # type: ignore[attr-defined]
         _patch(_runner, "run_with_retry", _observed_sync(_runner.run_with_retry))  # type: ignore[attr-defined]
         _patch(_retry, "_arun_with_timeout", _observed_timeout(_retry._arun_with_timeout))
+        _patch(_retry, "_should_retry_on", _judged_once(_retry._should_retry_on))
         _patch(PregelLoop, "output_writes", _observed_writes(PregelLoop.output_writes))
         _patch(PregelLoop, "after_tick", _observed_superstep(PregelLoop.after_tick))
 
@@ -146,7 +149,7 @@ def notify(observation: Observation, listener: Listener | None) -> None:
         if told is not None:
             try:
                 told(observation)
-            except Exception:
+            except BaseException:
                 _log.warning("Listener failed", exc_info=True)
 
 
@@ -258,6 +261,16 @@ def _superstep_ended(loop: Any, stream: Any, step: int) -> None:
         stream(((), ATTEMPTS, SuperstepEnded(step=step)))
 
 
+def _judged_once(original: Callable[..., bool]) -> Callable[..., bool]:
+    """A user's predicate may count: what we have asked, LangGraph is told."""
+
+    def _should_retry_on(retry_policy: Any, exc: Any) -> bool:
+        known = _judged.pop((id(retry_policy), id(exc)), None)
+        return known[1] if known is not None else original(retry_policy, exc)
+
+    return _should_retry_on
+
+
 def _attempt_number(config: Any) -> int:
     info = config[_CONF][_RUNTIME].execution_info
     return info.node_attempt if info is not None else 1
@@ -275,6 +288,7 @@ class _Proxy:
         self._attempts = 0
         self._open: Attempt | None = None
         self._opened = 0.0
+        self._asked: list[tuple[int, int]] = []
         # PregelExecutableTask is a frozen dataclass.
         object.__setattr__(task, "proc", self)
 
@@ -377,16 +391,21 @@ class _Proxy:
             return None
         for policy in self._policies:
             try:
-                if _retry._should_retry_on(policy, exc):
-                    return policy
+                retries = _retry._should_retry_on(policy, exc)
             except Exception:  # LangGraph will meet it too, and fail the node
                 return None
+            self._asked.append((id(policy), id(exc)))
+            _judged[self._asked[-1]] = (exc, retries)
+            if retries:
+                return policy
         return None
 
     def ended(self, exc: BaseException | None) -> None:
         """The visit is over."""
         if self._open is not None:
             self.attempt_ended(self._open.number, exc)
+        for key in self._asked:  # of an attempt whose error LangGraph did not come to judge
+            _judged.pop(key, None)
         self._tell(
             NodeEnded(
                 visit=self.visit,

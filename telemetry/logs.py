@@ -419,7 +419,7 @@ def _level(number: int) -> str:
 def _text(value: object) -> str:
     try:
         return str.__str__(str(value))
-    except Exception:
+    except BaseException:
         return f"<unprintable {type(value).__name__}>"
 
 

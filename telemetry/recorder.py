@@ -26,6 +26,7 @@ OUTCOME = "sereno.run.outcome"
 SUPPRESSED = "sereno.run.spans_suppressed"
 
 _MOST_PER_RUN = 5_000
+_MOST_REQUESTS = 100
 _MOST_FORGOTTEN = 10_000
 #: Outcomes of a segment after which another process goes on with the run.
 _PASSED_ON = frozenset(("lost", "drained"))
@@ -52,11 +53,13 @@ class Recorded:
 
 
 class _Run:
-    __slots__ = ("ended", "lost", "spans")
+    __slots__ = ("ended", "lost", "requests", "spans")
 
     def __init__(self) -> None:
         self.spans: list[ReadableSpan] = []
         self.ended = False
+        #: How many of them are requests about it.
+        self.requests = 0
         #: Whether something of it is not here.
         self.lost = False
 
@@ -125,7 +128,11 @@ class Recorder(SpanProcessor):
             self._idle[run_id] = None  # a request alone may be about a run of long ago
         elif not run.ended:
             self._idle.pop(run_id, None)
-        if len(run.spans) >= self._most_per_run and not segment:
+        if span.kind is SpanKind.SERVER:  # who asks for a run often does not push it out
+            if run.requests >= _MOST_REQUESTS:
+                return
+            run.requests += 1
+        elif len(run.spans) - run.requests >= self._most_per_run and not segment:
             run.lost = True
             return
         run.spans.append(span)
@@ -211,7 +218,7 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
         traceState=context.trace_state.to_header(),
         parentSpanId=f"{parent.span_id:016x}" if parent else None,
         flags=_flags(parent),
-        name=span.name,
+        name=_text(span.name),
         kind=span.kind.value + 1,  # 0 is "unspecified" on the wire
         startTimeUnixNano=_nanos(span.start_time),
         endTimeUnixNano=_nanos(span.end_time),
@@ -221,14 +228,14 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
         droppedEventsCount=span.dropped_events,
         links=[_link(link) for link in span.links],
         droppedLinksCount=span.dropped_links,
-        status=_filled(code=status.status_code.value, message=status.description),
+        status=_filled(code=status.status_code.value, message=_text(status.description or "")),
     )
 
 
 def _event(event: Event) -> dict[str, Any]:
     return _filled(
         timeUnixNano=_nanos(event.timestamp),
-        name=event.name,
+        name=_text(event.name),
         attributes=_attributes(event.attributes),
         droppedAttributesCount=event.dropped_attributes,
     )
@@ -253,7 +260,7 @@ def _nanos(time: int | None) -> str | None:
 
 
 def _attributes(attributes: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    return [{"key": name, "value": _value(value)} for name, value in (attributes or {}).items()]
+    return [{"key": _text(name), "value": _value(v)} for name, v in (attributes or {}).items()]
 
 
 def _value(value: Any) -> dict[str, Any]:
@@ -264,7 +271,7 @@ def _value(value: Any) -> dict[str, Any]:
         case bool():
             return {"boolValue": value}
         case str():
-            return {"stringValue": value}
+            return {"stringValue": _text(value)}
         case int():
             return {"intValue": str(value)}
         case float():
@@ -275,6 +282,11 @@ def _value(value: Any) -> dict[str, Any]:
             return {"kvlistValue": {"values": _attributes(value)}}
         case _:
             return {"arrayValue": {"values": [_value(item) for item in value]}}
+
+
+def _text(value: str) -> str:
+    """Without lone surrogates: no UTF-8 can hold them."""
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
 
 
 _ODD = {math.inf: "Infinity", -math.inf: "-Infinity"}

@@ -456,6 +456,8 @@ class Segment:
             if not visit.path:
                 self._steps.add(visit.step)
         self._wake(node)
+        if node.attempt is not None:  # its end was not told
+            self._end_attempt(node, node.attempt, "cancelled")
         node.attempts = seen.attempt
         self._attempts += 1
         node.attempt = _Attempt(span, seen.attempt)

@@ -29,7 +29,7 @@ def stack(error: BaseException, *, messages: bool = True) -> str:
     try:
         messages = messages and not quotes(error)
         text = "".join(traceback.format_exception(error) if messages else _types(error, 0, set()))
-    except Exception:  # a hostile cause or note
+    except BaseException:  # a hostile cause or note
         return ""
     if len(text) > _LONGEST:
         half = _LONGEST // 2

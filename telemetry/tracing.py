@@ -83,6 +83,8 @@ SPAN_BUDGET = 5_000
 _MOST_LIVE = 50_000
 _MOST_RUNS = 10_000
 _FRAMES = 20
+#: Of an attribute that is a list.
+_MOST_ITEMS = 128
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _NO_CONTEXT = Context()
 #: Where an exception keeps the trace and the start of the span that tells of it.
@@ -301,6 +303,8 @@ class _Spans(SynchronousMultiSpanProcessor):
         self._runs: OrderedDict[str, list[int]] = OrderedDict()
         #: Open spans that are left out, by id.
         self._left_out: set[int] = set()
+        #: What says to which run an open span belongs, by id: users' attributes push it out.
+        self._owners: dict[int, dict[str, Any]] = {}
 
     def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
         try:
@@ -324,11 +328,12 @@ class _Spans(SynchronousMultiSpanProcessor):
         context = span.context
         assert context is not None
         self.live.pop(context.span_id, None)
+        owner = self._owners.pop(context.span_id, None)
         if context.span_id in self._left_out:
             self._left_out.discard(context.span_id)
             self._selfwatch.lost("traces", "dropped_budget")
             return
-        self._hand_on(span)
+        self._hand_on(span, owner)
 
     def write(self, span: ReadableSpan) -> None:
         """A span that nobody started."""
@@ -339,6 +344,7 @@ class _Spans(SynchronousMultiSpanProcessor):
 
     def discard(self, span_id: int) -> None:
         self.live.pop(span_id, None)
+        self._owners.pop(span_id, None)
         self._left_out.discard(span_id)
 
     def suppressed(self, run_id: str) -> int:
@@ -362,6 +368,9 @@ class _Spans(SynchronousMultiSpanProcessor):
             if more:
                 span.set_attributes(more)
                 own.update(more)
+        if RUN_ID in own:
+            ours = {name: value for name, value in own.items() if name.startswith("sereno.")}
+            self._owners[context.span_id] = ours
         if not self._admits(own):
             self._left_out.add(context.span_id)
 
@@ -386,8 +395,10 @@ class _Spans(SynchronousMultiSpanProcessor):
             counts[1] += 1
             return False
 
-    def _hand_on(self, span: ReadableSpan) -> None:
+    def _hand_on(self, span: ReadableSpan, owner: Mapping[str, Any] | None = None) -> None:
         try:
+            if owner is not None and not owner.items() <= plain(span).items():
+                span = _copy(span, cut=False, mute=False, more=owner)
             span = self._trimmed(span)
         except Exception:
             self._selfwatch.internal_error("tracing", "end of a span")
@@ -399,10 +410,11 @@ class _Spans(SynchronousMultiSpanProcessor):
 
     def _trimmed(self, span: ReadableSpan) -> ReadableSpan:
         """The span with its long text cut and said to be, and without messages if unwanted."""
-        long = False
-        for value in plain(span).values():
-            if type(value) is str and len(value) > LONGEST_TEXT:
-                long = True
+        long = _unfit(span.name) or _unfit(span.status.description)
+        for name, value in plain(span).items():
+            long = long or _unfit(value) or _unfit(name)
+        for event in span.events:
+            long = long or _unfit(event.name) or any(map(_unfit, (event.attributes or {}).values()))
         mute = False
         if not self._exception_messages and (span.events or span.status.description):
             scope = span.instrumentation_scope
@@ -417,12 +429,28 @@ def plain(span: ReadableSpan) -> dict[str, Any]:
     return copy
 
 
-def _copy(span: ReadableSpan, *, cut: bool, mute: bool) -> ReadableSpan:
-    attributes = plain(span)
+def _copy(
+    span: ReadableSpan, *, cut: bool, mute: bool, more: Mapping[str, Any] | None = None
+) -> ReadableSpan:
+    attributes = plain(span) | dict(more or {})
     if cut:
-        attributes = {name: _cut(value) for name, value in attributes.items()}
+        attributes = {_cut(name): _cut(value) for name, value in attributes.items()}
         attributes[TRUNCATED] = True
-    events, status = span.events, span.status
+    events, status, name = span.events, span.status, span.name
+    if cut:
+        name = _cut(name)
+        events = tuple(
+            Event(
+                _cut(event.name),
+                BoundedAttributes(
+                    None, {name: _cut(value) for name, value in (event.attributes or {}).items()}
+                ),
+                event.timestamp,
+            )
+            for event in events
+        )
+        if status.description is not None:
+            status = Status(status.status_code, _cut(status.description))
     if mute:
         events = tuple(_muted(event) for event in events)
         if status.description is not None:
@@ -430,7 +458,7 @@ def _copy(span: ReadableSpan, *, cut: bool, mute: bool) -> ReadableSpan:
     bounded = BoundedAttributes(None, attributes)
     bounded.dropped = span.dropped_attributes
     return ReadableSpan(
-        name=span.name,
+        name=name,
         context=span.context,
         parent=span.parent,
         resource=span.resource,
@@ -450,8 +478,29 @@ def _muted(event: Event) -> Event:
     return Event(event.name, BoundedAttributes(None, kept), event.timestamp)
 
 
+def _unfit(value: Any) -> bool:
+    """Whether it is too long, or holds what no UTF-8 can: that would cost a whole batch."""
+    if isinstance(value, str):
+        return len(value) > LONGEST_TEXT or (not value.isascii() and _encoded(value) != value)
+    if isinstance(value, (tuple, list)):
+        return len(value) > _MOST_ITEMS or any(map(_unfit, value))
+    if isinstance(value, Mapping):
+        return any(map(_unfit, value)) or any(map(_unfit, value.values()))
+    return False
+
+
 def _cut(value: Any) -> Any:
-    return value[:LONGEST_TEXT] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _encoded(value[:LONGEST_TEXT])[:LONGEST_TEXT]
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_cut, value[:_MOST_ITEMS]))
+    if isinstance(value, Mapping):
+        return {_cut(name): _cut(inner) for name, inner in value.items()}
+    return value
+
+
+def _encoded(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def new_context(trace_id: int | None = None) -> SpanContext:
@@ -511,7 +560,7 @@ def set_error(span: Span, exc: BaseException, *, messages: bool) -> bool:
         if _told_below(span, exc):
             return False
         span.add_event("exception", _exception_attributes(exc, messages))
-    except Exception:  # an exception's own methods may do anything
+    except BaseException:  # an exception's own methods may do anything
         pass
     return True
 

@@ -98,14 +98,6 @@ async def info(services: ServicesDep) -> dict[str, object]:
     return dict(services.info)
 
 
-@router.get("/", include_in_schema=False)
-async def root() -> Response:
-    """What a browser sees first."""
-    return PlainTextResponse(
-        "Sereno: durable, resumable LangGraph streams. The API is at /openapi.json\n"
-    )
-
-
 def _checked(results: list[dict[str, object]], request: Request) -> Response:
     ok = all(result["status"] == "pass" for result in results)
     body = {"status": "pass" if ok else "fail", "checks": results}

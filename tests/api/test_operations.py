@@ -196,14 +196,6 @@ async def test_info(server: Server) -> None:
     assert info["log_id"] == server.engine.log_id
 
 
-async def test_the_root_is_a_text_for_people(server: Server) -> None:
-    answer = await server.get("/")
-
-    assert answer.status == 200
-    assert answer.headers["content-type"].startswith("text/plain")
-    assert b"/openapi.json" in answer.body
-
-
 async def test_a_server_that_others_can_reach_needs_to_be_insecure(serve: Serving) -> None:
     with pytest.raises(BadSetting, match="--insecure"):
         async with serve(host="0.0.0.0"):

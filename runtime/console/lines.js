@@ -1,0 +1,186 @@
+// The raw lines: as many as there are, of which only those in sight are elements.
+
+import { announce, clock, copyButton, h, say, set } from "./dom.js";
+
+const ROW = 22;
+const MARGIN = 10;
+
+export class Lines {
+  constructor() {
+    this._all = [];
+    this._shown = [];
+    this._run = null;
+    this._picked = null;
+    this._follow = true;
+    this._rows = new Map();
+    this._known = new Set();
+    this._filter = { text: "", type: "", node: null };
+
+    this._search = h("input", {
+      type: "search", placeholder: "Filter", "aria-label": "Filter lines by text",
+      input: () => this._refilter({ text: this._search.value.trim().toLowerCase() }),
+    });
+    this._types = h("select", {
+      "aria-label": "Filter lines by type",
+      change: () => this._refilter({ type: this._types.value }),
+    }, h("option", { value: "" }, "every type"));
+    this._node = h("button", { type: "button", class: "quiet", hidden: true, click: () => this._onClear() });
+    this._count = h("span", { class: "hint count" });
+    this._space = h("div", { class: "space" });
+    this._list = h("div", {
+      class: "lines", tabindex: 0, role: "listbox", "aria-label": "Lines",
+      scroll: () => this._scrolled(), keydown: (event) => this._key(event),
+    }, this._space);
+    this._detail = h("pre", { class: "detail", tabindex: 0, "aria-label": "The chosen line", hidden: true });
+    this.element = h("div", { class: "lines-panel" },
+      h("div", { class: "bar-row" }, this._search, this._types, this._node, this._count,
+        copyButton("Copy", () => this._shown.map((item) => `${item.text}\n`).join(""))),
+      this._list, this._detail);
+    new ResizeObserver(() => this._draw()).observe(this._list);
+  }
+
+  /** `onClear` is called when the filter by node is taken away here. */
+  set onClear(clear) {
+    this._onClear = clear;
+  }
+
+  reset() {
+    this._all = [];
+    this._picked = null;
+    this._detail.hidden = true;
+    this._refilter({});
+  }
+
+  append(batch) {
+    for (const { line, text } of batch) {
+      if (line.seq === undefined) continue;
+      const item = { seq: line.seq, ts: line.ts, type: line.type, text, key: keyOf(line), attempt: line.attempt };
+      this._all.push(item);
+      this._offer(line.type);
+      if (this._passes(item)) this._shown.push(item);
+    }
+  }
+
+  render(run) {
+    this._run = run;
+    this._draw();
+  }
+
+  /** Only the lines of a node and of what is inside it. */
+  only(node) {
+    this._node.hidden = node === null;
+    say(this._node, node === null ? "" : `${node} ✕`);
+    set(this._node, "aria-label", `Show the lines of every node, not only ${node}`);
+    this._refilter({ node });
+  }
+
+  _offer(type) {
+    if (this._known.has(type)) return;
+    this._known.add(type);
+    this._types.append(h("option", { value: type }, type));
+  }
+
+  _passes({ type, key, text }) {
+    const { text: wanted, type: only, node } = this._filter;
+    return (!only || type === only)
+      && (node === null || key === node || key?.startsWith(`${node}/`))
+      && (!wanted || text.toLowerCase().includes(wanted));
+  }
+
+  _refilter(change) {
+    Object.assign(this._filter, change);
+    this._shown = this._all.filter((item) => this._passes(item));
+    this._follow = true;
+    this._clear();
+    this._draw();
+  }
+
+  _clear() {
+    for (const row of this._rows.values()) row.remove();
+    this._rows.clear();
+  }
+
+  _scrolled() {
+    const { scrollHeight, scrollTop, clientHeight } = this._list;
+    this._follow = scrollHeight - scrollTop - clientHeight < 2 * ROW;
+    this._draw();
+  }
+
+  _draw() {
+    const total = this._shown.length;
+    say(this._count, total === this._all.length
+      ? `${total.toLocaleString()} lines`
+      : `${total.toLocaleString()} of ${this._all.length.toLocaleString()} lines`);
+    this._space.style.height = `${total * ROW}px`;
+    if (this._follow) this._list.scrollTop = this._list.scrollHeight;
+    const first = Math.max(0, Math.floor(this._list.scrollTop / ROW) - MARGIN);
+    const last = Math.min(total, Math.ceil((this._list.scrollTop + this._list.clientHeight) / ROW) + MARGIN);
+    const wanted = new Set();
+    for (let index = first; index < last; index++) wanted.add(this._drawRow(index));
+    for (const [seq, row] of this._rows) {
+      if (wanted.has(seq)) continue;
+      row.remove();
+      this._rows.delete(seq);
+    }
+    set(this._list, "aria-activedescendant", this._rows.has(this._picked) ? `line-${this._picked}` : null);
+  }
+
+  _drawRow(index) {
+    const item = this._shown[index];
+    let row = this._rows.get(item.seq);
+    if (!row) {
+      row = h("div", {
+        class: "line", id: `line-${item.seq}`, role: "option", dataset: { type: item.type, seq: item.seq },
+        click: () => this._pick(index),
+      },
+      h("span", { class: "seq" }, item.seq), h("span", { class: "at" }, clock(item.ts)),
+      h("span", { class: "type" }, item.type),
+      h("span", { class: "key" }, item.key ? `${item.key}${item.attempt > 1 ? ` #${item.attempt}` : ""}` : ""),
+      h("span", { class: "data" }, dataOf(item.text)));
+      this._rows.set(item.seq, row);
+      this._list.append(row);
+    }
+    row.style.transform = `translateY(${index * ROW}px)`;
+    set(row, "aria-posinset", index + 1);
+    set(row, "aria-setsize", this._shown.length);
+    set(row, "aria-selected", item.seq === this._picked);
+    row.classList.toggle("gone", this._run?.discarded.has(item.seq) ?? false);
+    return item.seq;
+  }
+
+  _pick(index) {
+    const item = this._shown[index];
+    this._follow = false;
+    const same = this._picked === item.seq;
+    this._picked = same ? null : item.seq;
+    this._detail.hidden = same;
+    if (!same) say(this._detail, JSON.stringify(JSON.parse(item.text), null, 2));
+    this._draw();
+  }
+
+  _key(event) {
+    const page = Math.floor(this._list.clientHeight / ROW) - 1;
+    const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
+    if (!(event.key in steps) || !this._shown.length) return;
+    event.preventDefault();
+    const last = this._shown.length - 1;
+    const now = this._shown.findIndex((item) => item.seq === this._picked);
+    const from = now >= 0 ? now : Math.floor(this._list.scrollTop / ROW);
+    const next = Math.min(last, Math.max(0, from + steps[event.key]));
+    if (next === now) return;
+    const top = next * ROW;
+    const { scrollTop, clientHeight } = this._list;
+    if (top < scrollTop) this._list.scrollTop = top;
+    if (top + ROW > scrollTop + clientHeight) this._list.scrollTop = top + ROW - clientHeight;
+    this._pick(next);
+    announce(`${this._shown[next].type} ${this._shown[next].key ?? ""}`);
+  }
+}
+
+const keyOf = (line) => (line.node ? [...line.ns, line.node].join("/") : null);
+
+/** The data of a line, as it is on the wire; it stands last. */
+function dataOf(text) {
+  const at = text.indexOf('"data":');
+  return at < 0 ? "" : text.slice(at + 7, Math.min(text.length - 1, at + 407));
+}

@@ -1,0 +1,92 @@
+// Every visit of a node as a bar in time: attempts solid, waits between them striped.
+
+import { duration, h, say, set } from "./dom.js";
+
+/** More rows than this are neither read nor drawn in time; the latest ones are kept. */
+const ROWS = 200;
+const STEPS = [1, 2, 5];
+
+export class Waterfall {
+  constructor(onPick) {
+    this._onPick = onPick;
+    this._rows = new Map();
+    this._axis = h("div", { class: "scale" });
+    this._list = h("ol", { class: "rows" });
+    this._note = h("p", { class: "hint", hidden: true });
+    this.element = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Waterfall" },
+      h("div", { class: "axis", "aria-hidden": "true" }, this._axis), this._note, this._list);
+  }
+
+  render(run) {
+    const from = run.startedAt ?? run.queuedAt;
+    if (from === null) return;
+    const { scrollHeight, scrollTop, clientHeight } = this.element;
+    const atEnd = scrollHeight - scrollTop - clientHeight < 40;
+    const span = Math.max(run.now() - from, 100);
+    this._renderAxis(span, run.recoveries.map(({ at }) => (at - from) / span));
+    const visits = [...run.visits.values()];
+    const shown = visits.slice(-ROWS);
+    this._note.hidden = visits.length <= ROWS;
+    say(this._note, `The latest ${ROWS} of ${visits.length} visits.`);
+    for (const [task, row] of this._rows) {
+      if (this._rows.size <= ROWS) break;
+      row.element.remove();
+      this._rows.delete(task);
+    }
+    for (const visit of shown) this._renderRow(visit, from, span, run.now());
+    if (atEnd) this.element.scrollTop = this.element.scrollHeight;
+  }
+
+  _renderAxis(span, recoveries) {
+    const step = tick(span);
+    const marks = [];
+    for (let at = 0; at <= span; at += step) marks.push({ at: at / span, text: at ? duration(at) : "0" });
+    const key = `${span} ${recoveries.length}`;
+    if (this._key === key) return;
+    this._key = key;
+    this._axis.replaceChildren(...marks.map(({ at, text }) => {
+      const mark = h("span", { class: "tick" }, at < 0.86 ? text : "");
+      mark.style.left = `${at * 100}%`;
+      return mark;
+    }), ...recoveries.map((at) => {
+      const mark = h("span", { class: "tick recovery", title: "taken up again" }, "↻");
+      mark.style.left = `${at * 100}%`;
+      return mark;
+    }));
+  }
+
+  _renderRow(visit, from, span, now) {
+    let row = this._rows.get(visit.task);
+    if (row?.final && row.span === span) return;
+    if (!row) {
+      const time = h("span", { class: "time" });
+      const lane = h("span", { class: "lane", "aria-hidden": "true" });
+      const name = h("button", { type: "button", class: "name", click: () => this._onPick(visit) }, visit.node);
+      name.style.paddingInlineStart = `${visit.depth * 14 + 6}px`;
+      row = { element: h("li", {}, name, lane, time), lane, time, bars: [] };
+      this._rows.set(visit.task, row);
+      this._list.append(row.element);
+    }
+    set(row.element, "data-state", visit.state);
+    visit.bars.forEach((bar, index) => {
+      const until = bar.to ?? now;
+      const element = (row.bars[index] ??= row.lane.appendChild(h("span", { class: "bar" })));
+      set(element, "data-outcome", bar.kind === "wait" ? "wait" : bar.outcome ?? "running");
+      element.style.left = `${((bar.from - from) / span) * 100}%`;
+      element.style.width = `${((until - bar.from) / span) * 100}%`;
+    });
+    const first = visit.bars[0]?.from ?? now;
+    const attempts = visit.bars.filter((bar) => bar.kind === "attempt").length;
+    const total = duration((visit.bars.at(-1)?.to ?? now) - first);
+    say(row.time, `${total}${attempts > 1 ? ` · ${attempts} tries` : ""}`);
+    row.final = visit.durationMs !== null;
+    row.span = span;
+  }
+}
+
+/** A round number of milliseconds, so that there are at most five of it. */
+function tick(span) {
+  for (let power = 1; ; power *= 10) {
+    for (const step of STEPS) if (span / (step * power) <= 5) return step * power;
+  }
+}

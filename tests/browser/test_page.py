@@ -1,0 +1,414 @@
+"""The page, as somebody sees it who starts runs and watches them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from lines import texts
+from playwright.sync_api import Page, expect
+from server import Line, Server, whole
+
+Opening = Callable[..., Page]
+Picture = Callable[[Page, str], None]
+
+#: Keeps every state that a node of the drawing takes.
+WATCH_NODES = """
+window.lit = [];
+new MutationObserver((changes) => {
+  for (const { target } of changes) {
+    if (target.dataset?.node) lit.push(`${target.dataset.node} ${target.dataset.state}`);
+  }
+}).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-state"] });
+"""
+
+
+def start(page: Page, graph: str, thread: str, topic: str | None = None) -> None:
+    """Start a run from the form."""
+    page.get_by_role("button", name=graph).click()
+    expect(page.get_by_role("button", name=graph)).to_have_attribute("aria-pressed", "true")
+    page.get_by_label("Thread").fill(thread)
+    if topic is not None:
+        page.get_by_label("Topic").fill(topic)
+    page.get_by_role("button", name="Start the run").click()
+
+
+def node(page: Page, name: str) -> Any:
+    return page.locator(f".node[data-node={name}]")
+
+
+def in_state(page: Page, name: str, state: str) -> None:
+    expect(node(page, name)).to_have_attribute("data-state", state, timeout=20_000)
+
+
+def run_status(page: Page, status: str) -> None:
+    expect(page.locator(".run-head .chip")).to_contain_text(status, timeout=20_000)
+
+
+def run_id_of(page: Page) -> str:
+    return page.url.rpartition("/")[2]
+
+
+def copied_lines(page: Page) -> bytes:
+    """What the button copies: every line that the page holds."""
+    page.locator(".lines-panel").get_by_role("button", name="Copy").click()
+    text: str = page.evaluate("navigator.clipboard.readText()")
+    return text.encode()
+
+
+def test_a_run_is_started_from_the_form_and_its_nodes_light_up_in_order(
+    server: Server, opening: Opening, picture: Picture
+) -> None:
+    page = opening()
+    page.evaluate(WATCH_NODES)
+    server.hold("t", "think")
+    picture(page, "start")
+    start(page, "story", "t", "the wind")
+    in_state(page, "think", "running")
+    expect(page.locator(".texts")).to_contain_text("a story about the wind")
+    in_state(page, "draft", "waiting")
+    server.release("t", "think")
+    in_state(page, "approve", "interrupted")
+
+    expect(page.locator(".connection")).to_contain_text("The run has ended")
+    lit = page.evaluate("lit.filter((one) => !one.endsWith(' waiting'))")
+    # What lasts for less than a frame may not be drawn.
+    assert [one for one in lit if one not in ("draft running", "approve running")] == [
+        "think running",
+        "think done",
+        "draft retrying",
+        "draft done",
+        "approve interrupted",
+    ]
+    run = server.get(f"/v1/runs/{run_id_of(page)}").json()
+    assert (run["thread_id"], run["graph"]) == ("t", "story")
+
+
+def test_a_failed_attempt_counts_down_and_takes_back_what_it_said(
+    server: Server, opening: Opening, picture: Picture
+) -> None:
+    page = opening()
+    server.hold("t", "draft1")
+    server.hold("t", "draft2")
+    start(page, "story", "t")
+    expect(page.locator(".text.message")).to_contain_text("a stormy start")
+    in_state(page, "draft", "running")
+    picture(page, "running")
+    server.release("t", "draft1")
+    in_state(page, "draft", "retrying")
+    left = []
+    for _ in range(3):
+        told = node(page, "draft").locator(".note").text_content()
+        left.append(float(told.removeprefix("try 2 in ").removesuffix(" s")))
+        page.wait_for_timeout(250)
+    picture(page, "retrying")
+
+    assert left == sorted(left, reverse=True)
+    assert left[0] > left[-1] > 0
+    expect(page.locator(".texts").get_by_text("a stormy start")).to_have_count(0)
+    expect(page.locator(".text.note")).to_contain_text("What it had said is taken back")
+    assert page.locator(".line.gone").count() >= 1
+    expect(page.locator(".text.message")).to_contain_text("a calm ending")
+    server.release("t", "draft2")
+    run_status(page, "interrupted")
+
+
+def test_an_interrupt_is_answered(server: Server, opening: Opening, picture: Picture) -> None:
+    page = opening()
+    start(page, "story", "t")
+    expect(page.locator(".asks")).to_contain_text("Shall it be published?")
+    asking = run_id_of(page)
+    page.get_by_label("Answer", exact=True).fill("yes")
+    page.locator(".asks").get_by_role("button", name="Answer").click()
+    run_status(page, "success")
+    picture(page, "done")
+
+    answered = run_id_of(page)
+    assert answered != asking
+    output = server.get(f"/v1/runs/{answered}/wait").json()["output"]
+    assert output["published"] is True
+    page.goto(f"{server.url}/#/runs/{asking}")
+    expect(page.locator(".question")).to_contain_text(answered)
+
+
+def test_a_breakpoint_is_passed(server: Server, opening: Opening) -> None:
+    run_id = server.submit("guarded", "t")
+    server.wait_line(run_id, "run.interrupted")
+    page = opening(f"/#/runs/{run_id}")
+    expect(page.locator(".asks")).to_contain_text("It goes on at dangerous")
+    page.get_by_role("button", name="Go on").click()
+    run_status(page, "success")
+
+
+def test_a_run_is_cancelled(server: Server, opening: Opening, picture: Picture) -> None:
+    page = opening()
+    server.hold("t", "think")
+    start(page, "story", "t")
+    in_state(page, "think", "running")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    run_status(page, "cancelled")
+    in_state(page, "think", "cancelled")
+    picture(page, "cancelled")
+
+    expect(page.locator(".run-head .danger")).to_be_hidden()
+    expect(page.locator(".outcome")).to_contain_text("asked for on the page")
+
+
+def test_a_server_that_is_killed_and_comes_back_costs_no_line_and_doubles_none(
+    server: Server, opening: Opening, picture: Picture
+) -> None:
+    server.hold("t", "b")
+    run_id = server.submit("chain", "t")
+    page = opening(f"/#/runs/{run_id}")
+    in_state(page, "b", "running")
+    expect(page.locator(".link")).to_have_text("Live.")
+    server.kill()
+    expect(page.locator(".link")).to_contain_text("The connection was cut after")
+    picture(page, "cut")
+    elapsed = page.locator(".elapsed").text_content()
+    page.wait_for_timeout(300)
+    assert page.locator(".elapsed").text_content() == elapsed, "it claims to know what goes on"
+    server.release("t", "b")
+    server.start("--port", server.url.rpartition(":")[2])
+    run_status(page, "success")
+
+    expect(page.locator(".connection")).to_contain_text("nothing was lost")
+    assert copied_lines(page) == whole(server.raw(run_id))
+    expect(page.locator(".text.custom")).to_have_count(3)
+    expect(page.locator(".text.note").first).to_contain_text("The server was gone")
+    picture(page, "recovered")
+
+
+def test_a_cut_in_mid_stream_is_mended_many_times(server: Server, opening: Opening) -> None:
+    """Every answer is cut somewhere, also inside a line."""
+    run_id = server.submit("talkative", "t", input={"seen": [], "size": 300})
+    server.wait_line(run_id, "run.completed")
+    raw = server.raw(run_id)
+    page = opening()
+    answers = 0
+
+    def cut(route: Any) -> None:
+        nonlocal answers
+        answers += 1
+        body = route.fetch().body()
+        route.fulfill(body=body[: 1 + len(body) * 2 // 3] if len(body) > 2000 else body)
+
+    page.route("**/stream?*", cut)
+    page.goto(f"{server.url}/#/runs/{run_id}")
+    expect(page.locator(".link")).to_contain_text("The run has ended", timeout=60_000)
+
+    assert answers > 3
+    assert copied_lines(page) == whole(raw)
+
+
+def test_the_page_keeps_what_the_contract_keeps(server: Server, opening: Opening) -> None:
+    """Its fold, against the one that the tests of the log use."""
+    runs = [server.submit("chain", "a"), server.submit("fanout", "b"), server.submit("nested", "c")]
+    logs: list[list[Line]] = []
+    for run_id in runs:
+        server.wait_line(run_id, "run.completed")
+        logs.append(server.lines(run_id))
+    page = opening()
+    folded = page.evaluate(
+        """async (logs) => {
+          const { Run, textOf } = await import(new URL("console/run.js", document.baseURI));
+          return logs.map((lines) => {
+            const run = new Run("x");
+            for (const line of lines) run.fold(line);
+            return run.texts.filter((text) => text.kind === "message" && !text.gone).map(textOf);
+          });
+        }""",
+        logs,
+    )
+
+    assert folded == [texts(log) for log in logs]
+
+
+def test_fifty_thousand_lines_open_in_two_seconds(server: Server, opening: Opening) -> None:
+    size = 50_000
+    run_id = server.submit("talkative", "t", input={"seen": [], "size": size})
+    terminal = server.wait_line(run_id, "run.completed")
+    page = opening()
+    taken = []
+    for _ in range(3):  # the best one counts: others may be using the machine
+        page.evaluate("location.hash = '#/'")
+        page.wait_for_selector(".start")
+        began = time.monotonic()
+        page.evaluate("(id) => { location.hash = `#/runs/${id}`; }", run_id)
+        page.wait_for_selector(f".line[data-seq='{terminal['seq']}']", timeout=30_000)
+        taken.append(time.monotonic() - began)
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.collectGarbage")
+    session.send("Performance.enable")
+    metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
+    megabytes = metrics["JSHeapUsedSize"] / 2**20
+    print(f"{terminal['seq']} lines: {min(taken):.2f} s, {megabytes:.0f} MB")
+
+    assert page.locator(".line").count() < 100
+    assert min(taken) < 2
+    assert megabytes < 200
+
+
+def test_lines_are_filtered_by_text_type_and_node(server: Server, opening: Opening) -> None:
+    run_id = server.submit("chain", "t")
+    server.wait_line(run_id, "run.completed")
+    page = opening(f"/#/runs/{run_id}")
+    run_status(page, "success")
+    node(page, "c").click()
+    expect(node(page, "c")).to_have_attribute("aria-pressed", "true")
+    of_c = [json.loads(line) for line in copied_lines(page).splitlines()]
+    page.get_by_label("Filter lines by type").select_option("node.retrying")
+    only = [json.loads(line) for line in copied_lines(page).splitlines()]
+    page.get_by_role("button", name="Show the lines of every node").click()
+    page.get_by_label("Filter lines by type").select_option("")
+    page.get_by_label("Filter lines by text").fill("second")
+    found = copied_lines(page).decode().splitlines()
+
+    assert {line["node"] for line in of_c} == {"c"}
+    assert [line["type"] for line in only] == ["node.retrying"]
+    assert found
+    assert all("second" in line for line in found)
+
+
+def test_the_form_and_the_json_say_the_same(server: Server, opening: Opening) -> None:
+    page = opening("/#/graphs/story")
+    sides = page.get_by_label("The same as JSON"), page.get_by_label("Topic")
+    sides[1].fill('a "quoted" don\'t')
+    assert json.loads(sides[0].input_value()) == {"topic": 'a "quoted" don\'t'}
+    expect(page.locator(".curl")).to_contain_text("don'\\''t")
+    sides[0].fill('{"topic": "rain", "more": [1]}')
+    expect(sides[1]).to_have_value("rain")
+    sides[1].fill("snow")
+    assert json.loads(sides[0].input_value()) == {"topic": "snow", "more": [1]}
+    sides[0].fill("{")
+
+    expect(page.get_by_role("alert")).to_contain_text("not JSON")
+    expect(page.get_by_role("button", name="Start the run")).to_be_disabled()
+
+
+def test_a_refusal_is_told_in_the_servers_words(server: Server, opening: Opening) -> None:
+    page = opening("/#/graphs/story")
+    page.get_by_label("Thread").fill("not a thread")
+    page.get_by_role("button", name="Start the run").click()
+    expect(page.get_by_role("alert")).to_contain_text("use 1 to 128 of the characters")
+
+
+@pytest.mark.filterwarnings("default")
+def test_everything_is_done_with_the_keyboard_alone(server: Server, opening: Opening) -> None:
+    page = opening("/#/graphs/story")
+
+    def tab_to(selector: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate("(what) => document.activeElement.matches(what)", selector):
+                outline = page.evaluate(
+                    "getComputedStyle(document.activeElement).outlineStyle + "
+                    "getComputedStyle(document.activeElement.querySelector('.halo') ?? "
+                    "document.activeElement).stroke"
+                )
+                assert not outline.startswith("none") or "rgb" in outline, "the focus is not seen"
+                return
+        pytest.fail(f"{selector} cannot be reached")
+
+    tab_to("textarea")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("keys")
+    tab_to("button.primary")
+    page.keyboard.press("Enter")
+    in_state(page, "approve", "interrupted")
+    tab_to(".node[data-node=draft]")
+    page.keyboard.press("Enter")
+    expect(node(page, "draft")).to_have_attribute("aria-pressed", "true")
+    tab_to(".asks textarea")
+    page.keyboard.type("yes")
+    page.keyboard.press("Control+Enter")
+    run_status(page, "success")
+    tab_to(".lines")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".detail")).to_contain_text('"seq": 2')
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(
+    server: Server, opening: Opening, picture: Picture, scheme: str
+) -> None:
+    server.hold("t", "draft2")
+    page = opening("/#/graphs/story", color_scheme=scheme)
+    found = axe(page)
+    start(page, "story", "t")
+    in_state(page, "draft", "retrying")
+    found += axe(page)
+    server.release("t", "draft2")
+    expect(page.locator(".asks")).to_be_visible()
+    found += axe(page)
+    picture(page, f"interrupted-{scheme}")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    light = sum(int(part) for part in ground.removeprefix("rgb(").removesuffix(")").split(","))
+
+    assert found == []
+    assert (light > 384) is (scheme == "light")
+
+
+def axe(page: Page) -> list[str]:
+    """Serious and critical findings."""
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text("utf-8"))
+    result = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    return [
+        f"{one['id']}: {place['html']} {place.get('failureSummary')}"
+        for one in result["violations"]
+        if one["impact"] in ("serious", "critical")
+        for place in one["nodes"]
+    ]
+
+
+def test_a_narrow_window_does_not_scroll_sideways(
+    server: Server, opening: Opening, picture: Picture
+) -> None:
+    run_id = server.submit("story", "t", input={"topic": "rain"})
+    server.wait_line(run_id, "run.interrupted")
+    page = opening(f"/#/runs/{run_id}", viewport={"width": 390, "height": 844})
+    expect(page.locator(".asks")).to_be_visible()
+    picture(page, "narrow")
+
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize(
+    ("template", "link"),
+    [
+        ("https://traces.example/trace/{trace_id}", "https://traces.example/trace/{trace_id}"),
+        ("javascript:alert('{trace_id}')", "{url}/v1/runs/{run_id}/trace"),
+        (None, "{url}/v1/runs/{run_id}/trace"),
+    ],
+    ids=["a template", "not an address", "none"],
+)
+def test_the_trace_is_a_link(
+    server: Server, opening: Opening, template: str | None, link: str
+) -> None:
+    run_id = server.submit("chain", "t")
+    trace_id = server.wait_line(run_id, "run.completed")["trace_id"]
+    page = opening()
+    page.route("**/info", lambda route: route.fulfill(json={"trace_url": template}))
+    page.goto(f"{server.url}/#/runs/{run_id}")
+    page.reload()
+    anchor = page.get_by_role("link", name=trace_id)
+
+    expect(anchor).to_have_attribute(
+        "href", link.format(trace_id=trace_id, run_id=run_id, url=server.url)
+    )
+
+
+def test_the_list_of_runs_follows(server: Server, opening: Opening) -> None:
+    page = opening()
+    expect(page.get_by_text("There is none yet.")).to_be_visible()
+    run_id = server.submit("chain", "t")
+    entry = page.locator(f"#runs a[href='#/runs/{run_id}']")
+    expect(entry).to_contain_text("success", timeout=20_000)
+    entry.click()
+    run_status(page, "success")
+    expect(entry).to_have_attribute("aria-current", "page")
