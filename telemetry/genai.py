@@ -7,7 +7,6 @@ spans come with the same names.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -16,17 +15,17 @@ from typing import Any, Literal
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from opentelemetry.context import Context
 from opentelemetry.trace import (
-    Span,
     SpanKind,
     StatusCode,
     set_span_in_context,
 )
 
-from telemetry.contract import OTHER, OVERFLOW, classify
+from telemetry.contract import OTHER, OVERFLOW
 from telemetry.langchain import Answer
 from telemetry.metrics import Metrics
 from telemetry.segments import Segment, current_segment
-from telemetry.tracing import Tracing, set_error
+from telemetry.tenacity import was_cancelled
+from telemetry.tracing import Tracing
 
 __all__ = ["MAX_NAMES", "GenAi"]
 
@@ -128,7 +127,7 @@ class _Operation:
         """End the span; the seconds that it took."""
         took = time.perf_counter() - self.began
         if error is not None and _outcome(error) == "error":
-            _set_error(self.span, error, self.segment)
+            self.segment.set_error(self.span, error)
         self.span.end()
         return took
 
@@ -206,26 +205,9 @@ def _outcome(error: BaseException) -> ToolOutcome:
         return "success"
     if isinstance(error, GraphInterrupt):
         return "interrupted"
-    if isinstance(error, GraphBubbleUp | GeneratorExit) or _was_cancelled(error):
+    if isinstance(error, GraphBubbleUp | GeneratorExit) or was_cancelled(error):
         return "cancelled"
     return "error"
-
-
-def _was_cancelled(error: BaseException) -> bool:
-    """Whether somebody asked this task to stop; a body may raise CancelledError on its own."""
-    if not isinstance(error, asyncio.CancelledError):
-        return False
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # in a thread, which nobody can cancel
-        return False
-    return task is not None and task.cancelling() > 0
-
-
-def _set_error(span: Span, error: BaseException, segment: Segment) -> None:
-    """What does not validate is quoted in the message: arguments of a tool, answers of a model."""
-    messages = segment.exception_messages and classify(error) != "validation"
-    set_error(span, error, messages=messages)
 
 
 class _Names:

@@ -537,10 +537,7 @@ class Segment:
             self._raised(
                 span, outcome, error, node=node.label, attempt=attempt.number, layer="node"
             )
-        if outcome == "lost":
-            everything.tracing.discard(span)
-        else:
-            span.end()
+        self._end_span(span, outcome)
 
     def _node_ended(self, seen: NodeEnded) -> None:
         node = self._nodes.get(seen.visit.task)
@@ -576,10 +573,7 @@ class Segment:
             span.set_attribute("sereno.cancel.reason", self._reason)
         if error is not None:
             _failed(span, error_type(error), classify(error))
-        if outcome == "lost":
-            everything.tracing.discard(span)
-        else:
-            span.end()
+        self._end_span(span, outcome)
 
     def _wake(self, node: _Node) -> None:
         if node.slept_at is None:
@@ -679,10 +673,7 @@ class Segment:
                 attempt=call.number,
                 layer="call",
             )
-        if outcome == "lost":
-            everything.tracing.discard(span)
-        else:
-            span.end()
+        self._end_span(span, outcome)
 
     def _wake_call(self, calls: _Retries, call_id: str) -> None:
         if (sleep := calls.sleeping.pop(call_id, None)) is not None:
@@ -710,6 +701,13 @@ class Segment:
         if outcome == "cancelled":
             span.set_attribute("sereno.cancel.reason", self._reason)
 
+    def _end_span(self, span: Span, outcome: str) -> None:
+        """What is lost is told by the process that goes on with the run."""
+        if outcome == "lost":
+            self._all.tracing.discard(span)
+        else:
+            span.end()
+
     def _raised(
         self, span: Span, outcome: str, error: BaseException | None, **fields: object
     ) -> None:
@@ -717,8 +715,7 @@ class Segment:
         everything = self._all
         if error is None:  # a result, not an exception, asked for the retry
             return
-        message = self.message(error)
-        owner = set_error(span, error, messages=message is not None)
+        message, owner = self.message(error), self.set_error(span, error)
         fields = {
             **self._where,
             **_ids_of_span(span),
@@ -744,10 +741,9 @@ class Segment:
         """`trace_id` and `span_id` for lines that no attempt caused."""
         return {"trace_id": self.ids[0], "span_id": self.ids[1]} if self.ids is not None else {}
 
-    @property
-    def exception_messages(self) -> bool:
-        """Whether messages of exceptions go into spans and records."""
-        return self._all.exception_messages
+    def set_error(self, span: Span, error: BaseException) -> bool:
+        """End a span's operation in an error; whether the span owns it (`tracing.set_error`)."""
+        return set_error(span, error, messages=self.message(error) is not None)
 
     def message(self, error: BaseException) -> str | None:
         """What spans and records may show of an exception's message: a validation's quotes the

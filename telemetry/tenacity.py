@@ -37,7 +37,15 @@ from telemetry.observations import (
     current_listener,
 )
 
-__all__ = ["MAX_CALLS", "OVERFLOW", "current_call", "install", "open_calls", "uninstall"]
+__all__ = [
+    "MAX_CALLS",
+    "OVERFLOW",
+    "current_call",
+    "install",
+    "open_calls",
+    "uninstall",
+    "was_cancelled",
+]
 
 #: Distinct names of calls in this process; the call is a metric label.
 MAX_CALLS = 100
@@ -297,14 +305,14 @@ def _outcome(raised: BaseException | None, *, exhausted: bool) -> AttemptOutcome
         return "success"
     if isinstance(raised, GraphInterrupt):
         return "interrupted"
-    if isinstance(raised, GraphBubbleUp | GeneratorExit) or _cancelled(raised):
+    if isinstance(raised, GraphBubbleUp | GeneratorExit) or was_cancelled(raised):
         return "cancelled"
     if exhausted:
         return "exhausted"
     return "success" if raised is None else "failed"
 
 
-def _cancelled(raised: BaseException | None) -> bool:
+def was_cancelled(raised: BaseException | None) -> bool:
     """Whether somebody asked this task to stop; a body may raise CancelledError on its own."""
     if not isinstance(raised, asyncio.CancelledError):
         return False
