@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
+
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header pyproject.toml
 
 .PHONY: run test test-process stack-test smoke test-browser dashboards bench bench-telemetry lint types check lock clean
 
@@ -25,7 +28,7 @@ smoke: $(READY)  ## the Docker smoke test, and that it fails when it should
 dashboards: $(READY)  ## write dashboards/grafana anew
 	$(BIN)/python -m dashboards.src
 
-test-browser: $(READY)  ## the page in a real Chromium; needs playwright and Debian's chromium
+test-browser: $(BROWSER)  ## the page in a real Chromium: the one in PATH, or SERENO_CHROMIUM
 	$(BIN)/pytest tests/browser
 
 bench: $(READY)  ## ratios against a naive server, in one run
@@ -43,9 +46,10 @@ types: $(READY)
 
 check: lint types test  ## what CI calls before the slower stages
 
-lock: $(READY)  ## resolve requirements.lock anew
+lock: $(READY)  ## resolve both locks anew
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --all-extras pyproject.toml -o requirements.lock
+	$(LOCK) --extra llm --extra dashboards --extra test --extra build -o requirements.lock
+	$(LOCK) --extra browser --constraint requirements.lock -o requirements.browser.lock
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Sereno needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
@@ -54,6 +58,11 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $(READY)
+
+# Playwright's wheel is large, and not there for each system that a server runs on.
+$(BROWSER): requirements.browser.lock $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.browser.lock
+	touch $(BROWSER)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
