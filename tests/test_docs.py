@@ -52,3 +52,25 @@ def test_the_readme_names_files_that_exist() -> None:
 
     for target in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / target).exists(), target
+
+
+def test_every_promise_of_the_readme_names_the_tests_that_hold_it() -> None:
+    rows = table_under((ROOT / "README.md").read_text("utf-8"), "What is promised")
+
+    assert rows
+    for promise, tests in rows:
+        held_by = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", tests)
+        assert held_by, promise
+        for words, path in held_by:
+            name = f"def test_{words.replace(' ', '_')}("
+            assert name in (ROOT / path).read_text("utf-8"), f"{promise}: {words}"
+
+
+def test_the_readme_shows_python_that_compiles() -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S
+    )
+
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

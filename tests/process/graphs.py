@@ -252,6 +252,29 @@ guarded = _guarded(interrupt_before=["dangerous"])
 guarded_after = _guarded(interrupt_after=["prepare"])
 
 
+# Its node writes down the key that it would give to a payment; then it fails, and asks.
+
+
+async def pay(state: State, config: RunnableConfig, runtime: Runtime[None]) -> State:
+    info = runtime.execution_info
+    assert info is not None
+    mark(config, f"key {info.task_id}")
+    await enter(config, f"pay{info.node_attempt}")
+    if info.node_attempt == 1:
+        raise ConnectionError("not yet")
+    return {"seen": [f"pay:{interrupt('how much?')}"]}
+
+
+paying = (
+    StateGraph(State)
+    .add_node(prepare)
+    .add_node(pay, retry_policy=patient)
+    .add_edge(START, "prepare")
+    .add_edge("prepare", "pay")
+    .compile()
+)
+
+
 # Nodes that misbehave.
 
 

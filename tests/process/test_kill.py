@@ -94,6 +94,28 @@ def test_a_kill_in_a_later_attempt_begins_with_the_first_one_again(server: Serve
     assert customs(lines) == ["{'part': 1}", "{'part': 2}", "{'try': 'c'}"]
 
 
+def test_a_task_id_is_the_same_after_a_retry_a_kill_and_an_answer(server: Server) -> None:
+    server.hold("t", "pay2")
+    run_id = server.submit("paying", "t")
+    server.entered("t", "pay2")
+    server.kill()
+    server.release("t", "pay2")
+    server.start()
+    server.wait_line(run_id, "run.interrupted")
+    answered = server.resume("t", 5)
+    server.wait_line(answered, "run.completed")
+
+    keys = [mark.removeprefix("key ") for mark in server.marks("t") if mark.startswith("key ")]
+    tasks = [
+        line["task"]
+        for line in (*server.lines(run_id), *server.lines(answered))
+        if line["type"] == "node.started" and line["node"] == "pay"
+    ]
+    assert keys == tasks
+    assert len(keys) == 6, "two attempts, again after the kill, and again with the answer"
+    assert len(set(keys)) == 1
+
+
 def test_parallel_nodes_that_were_done_are_not_run_again(server: Server) -> None:
     server.hold("t", "work2")
     run_id = server.submit("fanout", "t")
