@@ -484,7 +484,7 @@ class Feed:
     def _current(self, task: str, attempt: int | None) -> tuple[Visit, dict[str, Any]] | None:
         """Where a task is, unless the attempt is superseded: its body may go on all the same."""
         record, known = self._history.tasks.get(task), self._wheres.get(task)
-        if record is None or known is None or record.retrying:
+        if record is None or known is None or record.wakes_at is not None:
             return None
         visit, latest, where = known
         return (visit, where) if attempt in (None, latest) else None

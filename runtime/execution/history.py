@@ -36,8 +36,8 @@ class TaskRecord:
     node_span_id: str | None = None
     span_id: str | None = None
     open: bool = True
-    #: Whether its latest attempt failed and the next one has not started.
-    retrying: bool = False
+    #: When its next attempt is to begin, in unix seconds; None while none is waited for.
+    wakes_at: float | None = None
 
     @property
     def namespace(self) -> str:
@@ -110,7 +110,7 @@ class History:
             self._retries += 1
             self._asleep[where["task"]] = ts
             if (record := self.tasks.get(where["task"])) is not None:
-                record.retrying = True
+                record.wakes_at = ts + data["retry_in_ms"] / 1000
         elif type in NODE_END_TYPES:
             assert where is not None
             self._nodes += 1
@@ -152,7 +152,7 @@ class History:
         if record is not None and record.open:
             record.attempt, record.attempt_seq = where["attempt"], seq
             record.attempt_since, record.span_id = ts, where.get("span_id")
-            record.retrying = False
+            record.wakes_at = None
             return
         self.tasks[task] = TaskRecord(
             task=task,
@@ -200,6 +200,16 @@ class History:
             # A superstep that is repeated says its values again.
             if record is not None and not record.path and self.values_step is not None:
                 self.values_step = max(0, min(self.values_step, record.step - 1))
+
+    @property
+    def wakes_at(self) -> float | None:
+        """When the first of the open nodes goes on, in unix seconds; None unless all sleep."""
+        open_tasks = [record for record in self.tasks.values() if record.open]
+        around = {task for record in open_tasks for task in record.path}
+        times = [record.wakes_at for record in open_tasks if record.task not in around]
+        if not times or None in times:
+            return None
+        return min(time for time in times if time is not None)
 
     @property
     def first_output_s(self) -> float | None:
@@ -268,7 +278,7 @@ def begun_anew(history: History, held: Checkpointed) -> set[str]:
     return {
         record.task
         for record in history.tasks.values()
-        if (record.attempt > 1 or record.retrying) and not is_held(record)
+        if (record.attempt > 1 or record.wakes_at is not None) and not is_held(record)
     }
 
 

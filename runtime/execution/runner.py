@@ -31,6 +31,9 @@ __all__ = ["Outcome", "Runner", "Stop", "mend_langgraph"]
 
 StopKind = Literal["cancel", "deadline", "drain", "lost", "limit", "storage", "internal"]
 
+#: How often a drain looks whether it waits for anything, in seconds.
+_LOOK_S = 0.2
+
 #: What telemetry says of a stop; a client's own words are for the line.
 _CANCEL_REASONS: Mapping[StopKind, str] = {
     "cancel": "api",
@@ -140,10 +143,20 @@ class Runner:
         """
         self._control.request_drain(stop.kind)
         if stop.kind == "drain":
-            await asyncio.wait({drive}, timeout=self._settings.drain_s)
+            await self._patience(drive)
         if not drive.done():
             drive.cancel()
             await asyncio.wait({drive}, timeout=self._settings.cancel_grace_s)
+
+    async def _patience(self, drive: asyncio.Task[None]) -> None:
+        """Wait for the superstep's end, unless all that is open sleeps for longer than we may."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._settings.drain_s
+        while not drive.done() and (left := until - clock()) > 0:
+            wakes_at = self._history.wakes_at
+            if wakes_at is not None and wakes_at - self.feed.now() >= left:
+                return
+            await asyncio.wait({drive}, timeout=min(left, _LOOK_S))
 
     async def _drive(self) -> None:
         """The graph from its input to its end."""

@@ -751,7 +751,7 @@ def _lost(run: Run, history: History) -> Lost | None:
                 since=record.since,
                 attempt=record.attempt,
                 attempt_span=None
-                if record.retrying
+                if record.wakes_at is not None
                 else _context(history.trace_id, record.span_id),
                 attempt_since=record.attempt_since,
             )

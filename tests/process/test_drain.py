@@ -101,6 +101,24 @@ def test_what_does_not_end_within_the_grace_is_let_go_and_repeated(
     assert server.marks("t") == ["a", "b", "b", "c1", "c2"]
 
 
+def test_a_drain_does_not_wait_for_a_back_off_that_outlasts_it(
+    serving: Callable[..., Server],
+) -> None:
+    server = serving(SERENO_DRAIN_S="60").start()
+    server.hold("t", "tire")
+    run_id = server.submit("tiring", "t")
+    server.wait_line(run_id, "node.retrying")
+    server.term()
+    assert server.wait(20) == 0
+    server.release("t", "tire")
+    server.start()
+    lines = server.lines(run_id)
+
+    assert violations(lines) == []
+    assert lines[-1]["type"] == "run.completed"
+    assert server.marks("t") == ["prepare", "tire", "tire"]
+
+
 @pytest.mark.parametrize(
     ("graph", "node"), [("blocking", "block"), ("swallowing", "swallow")], ids=["sync", "swallow"]
 )
