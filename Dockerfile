@@ -1,4 +1,4 @@
-# Sereno with its two examples. `docker build .` needs nothing from this machine but the checkout.
+# Sereno with its three examples. `docker build .` needs nothing from this machine but the checkout.
 # A site's own pip settings (index, proxy) go in as a secret that leaves no trace in the image:
 #   docker build --secret id=pipconf,src=$HOME/.config/pip/pip.conf .
 ARG PYTHON_IMAGE=python:3.12-slim
@@ -7,12 +7,12 @@ FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 # The lock holds what tests need, too. So all of it is fetched and its hashes compared, and then
-# pip takes from that folder what a server needs.
+# pip takes from that folder what a server needs, and what the assistant's chat model needs (`llm`).
 COPY requirements.lock ./
 RUN --mount=type=secret,id=pipconf,target=/etc/pip.conf \
     pip download --quiet --require-hashes --no-deps --dest wheels -r requirements.lock
 COPY pyproject.toml ./
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > wanted.txt \
+RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["llm"], sep="\n")' > wanted.txt \
     && python -m venv --without-pip /venv \
     && pip --python /venv/bin/python install --quiet --no-index --find-links wheels -r wanted.txt
 COPY README.md LICENSE otel-collector.yaml otel-collector.sampling.yaml ./
@@ -43,4 +43,4 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8009/readyz', timeout=2)"]
 ENTRYPOINT ["sereno"]
-CMD ["serve", "--config", "examples/screening/langgraph.json", "--config", "examples/research/langgraph.json"]
+CMD ["serve", "--config=examples/screening/langgraph.json", "--config=examples/research/langgraph.json", "--config=examples/assistant/langgraph.json"]

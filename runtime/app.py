@@ -83,8 +83,7 @@ def _routes(settings: Settings, **options: Any) -> FastAPI:
         title="Sereno",
         version=version("sereno"),
         summary="LangGraph graphs as durable, resumable NDJSON streams.",
-        docs_url=None,
-        redoc_url=None,
+        openapi_url=None,  # served by runtime.api.document
         telemetry=http.FASTAPI_OFF,
         **options,
     )

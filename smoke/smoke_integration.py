@@ -421,6 +421,41 @@ def task(_: Scene) -> None:
     need([line for line in read.lines if line["type"] == "snapshot"], "it has no snapshots")
 
 
+@check("a chat streams, calls its tools, and is told of by metrics and spans")
+def chat(_: Scene) -> None:
+    before = metrics()
+    question = {"role": "user", "content": "Where is the parcel of 1002, and what is 3 * 19.95?"}
+    run = stream("/v1/runs", {"graph": "assistant", "input": {"messages": [question]}})
+    need(run.lines[-1]["type"] == "run.completed", f"it ends with {run.lines[-1]['type']}")
+    need(run.of("token"), "it has no token lines")
+    said = [line["data"] for line in run.of("message") if line["data"]["role"] == "ai"]
+    tools = [call["name"] for message in said for call in message.get("tool_calls", ())]
+    need(sorted(tools) == ["calculate", "track_parcel"], f"the tools are {tools}")
+
+    model = (("model", "stand-in"), ("provider", "openai"))
+    wanted: dict[Series, float] = {("llm_duration_seconds_count", model): len(said)}
+    wanted["llm_first_chunk_seconds_count", model] = len(said)
+    for direction in ("input", "output"):
+        labels = (("direction", direction), *model, ("result", "kept"))
+        spent = sum(message["usage"][f"{direction}_tokens"] for message in said)
+        wanted["llm_tokens_total", labels] = spent
+    for tool in tools:
+        labels = (("graph", "assistant"), ("outcome", "success"), ("tool", tool))
+        wanted["tool_duration_seconds_count", labels] = 1
+
+    def told() -> None:
+        now = metrics()
+        got = {key: now.get(key, 0) - before.get(key, 0) for key in wanted}
+        wrong = [_differs(key, wanted, got) for key in wanted if got[key] != wanted[key]]
+        need(not wrong, "; ".join(wrong))
+        of_run = [one for one in spans() if one.trace_id == run.trace_id]
+        chats = [one for one in of_run if one.attributes.get("gen_ai.operation.name") == "chat"]
+        models = [one.attributes.get("gen_ai.response.model") for one in chats]
+        need(models == ["stand-in"] * len(said), f"the chat spans are of {models}")
+
+    until(told)
+
+
 @check("the collector exported every span of the runs, in one trace each")
 def traces(scene: Scene) -> None:
     def arrived(graph: str, run: Stream) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -284,3 +285,10 @@ def test_grafana_finds_its_dashboards_and_keeps_its_data_sources() -> None:
     assert home.parent.as_posix() == mounts["./dashboards/grafana"]
     assert (ROOT / "dashboards" / "grafana" / home.name).exists()
     assert grafana["environment"]["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+
+
+def test_the_smoke_test_serves_what_the_image_serves() -> None:
+    command = json.loads(re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.M)[-1])
+    smoke = yaml.safe_load(SMOKE.read_text())["services"]["runtime"]["command"]
+
+    assert smoke == command

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from threading import Lock
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 
+from runtime.api.examples import ANSWERS, RUN_ID, TRACE_ID
 from runtime.api.lines import LINE_SCHEMAS
+from telemetry.http import UNSEEN
 
-__all__ = ["LINES_EXAMPLE", "RUN_ID", "TRACE_ID", "headers", "install", "stream_content"]
-
-#: For examples.
-RUN_ID = "01KAV3V2Q4X8ZJ5T9W6M1N7R0C"
-TRACE_ID = "74f3b1c09d2e4a5f8b6c7d8e9f0a1b2c"
+__all__ = ["LINES_EXAMPLE", "headers", "install", "stream_content"]
 
 DESCRIPTION = """\
 A run is one execution of a graph. `POST /v1/runs` commits it and answers; what it does is a log of
 numbered lines, which any number of readers follow at `GET /v1/runs/{run_id}/stream`, each from the
 `seq` that it has seen last. The end of a stream without a terminal line is the end of the
 connection, not of the run: reconnect with `after`.
+
+What starts a run answers with JSON or with its lines, as `Accept` likes best: `*/*` or no header is
+JSON, and who takes neither gets 406 `not_acceptable`, and no run. Elsewhere a header `Accept` that
+fits nothing is ignored. Errors are `application/problem+json` in any case. An address that does not
+exist is 404 `not_found`, a method that it does not have 405 `method_not_allowed` with `Allow`.
+
+The `traceparent` of a request is the parent of its trace, or linked from it, as SERENO_TRACE_TRUST
+says; its `X-Request-Id` stands in the server's log.
 
 There are no API keys yet: a server listens to its own machine only, unless told otherwise.
 """
@@ -32,6 +41,11 @@ TAGS = {
 }
 
 HEADERS: dict[str, dict[str, Any]] = {
+    "Cache-Control": {
+        "description": "`no-store`: the next answer may be another one.",
+        "schema": {"type": "string"},
+        "example": "no-store",
+    },
     "Location": {
         "description": "Where the run is.",
         "schema": {"type": "string", "pattern": "^/v1/runs/"},
@@ -42,10 +56,21 @@ HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "integer", "minimum": 0},
         "example": 5,
     },
+    "X-Accel-Buffering": {
+        "description": "Tells a proxy to pass on each line as it comes.",
+        "schema": {"const": "no"},
+        "example": "no",
+    },
+    "X-Content-Type-Options": {
+        "description": "Tells a browser to believe the content type.",
+        "schema": {"const": "nosniff"},
+        "example": "nosniff",
+    },
     "X-Log-Id": {
         "description": "The store that the run's log is in. Another value means another log: "
         "cursors into the old one are worth nothing.",
         "schema": {"type": "string"},
+        "example": "c5d74f2fa583499789b7d1e67977bdd1",
     },
     "X-Run-Id": {
         "description": "The run that this is about.",
@@ -61,7 +86,8 @@ HEADERS: dict[str, dict[str, Any]] = {
         "example": "success",
     },
     "X-Trace-Id": {
-        "description": "The trace that the run's spans are in. Absent when tracing is off.",
+        "description": "The trace that the run's spans are in. Absent when tracing is off, and "
+        "when no run was found or started.",
         "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
         "example": TRACE_ID,
     },
@@ -133,8 +159,9 @@ def stream_content(example: str = LINES_EXAMPLE, schema: str = "Line") -> dict[s
 
 
 def install(app: FastAPI) -> None:
-    """Have the app's document completed when it is first asked for."""
+    """Serve the app's document, which is built when it is first asked for."""
     generate = app.openapi
+    building, body = Lock(), b""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -142,7 +169,18 @@ def install(app: FastAPI) -> None:
         assert app.openapi_schema is not None
         return app.openapi_schema
 
+    def build() -> bytes:
+        nonlocal body
+        with building:
+            body = body or json.dumps(openapi(), separators=(",", ":")).encode()
+            return body
+
+    async def document(request: Request) -> Response:
+        # In a thread, because building it takes longer than anybody may have the event loop.
+        return Response(body or await asyncio.to_thread(build), media_type="application/json")
+
     app.openapi = openapi  # type: ignore[method-assign]
+    app.add_route("/openapi.json", document, include_in_schema=False)
 
 
 def _complete(document: dict[str, Any]) -> None:
@@ -151,7 +189,13 @@ def _complete(document: dict[str, Any]) -> None:
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update({"Problem": PROBLEM, **LINE_SCHEMAS})
     components["headers"] = HEADERS
-    for path in document["paths"].values():
-        for operation in path.values():
-            for response in operation["responses"].values():
-                response.setdefault("headers", {}).update(headers("traceresponse"))
+    for name, answer in ANSWERS.items():
+        components["schemas"][name]["examples"] = [answer]
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            responses = operation["responses"].values()
+            # Whatever is answered, a request that has found its run says which trace it is in.
+            found = any("X-Trace-Id" in response.get("headers", {}) for response in responses)
+            every = [*["X-Trace-Id"] * found, *["traceresponse"] * (path not in UNSEEN)]
+            for response in responses:
+                response.setdefault("headers", {}).update(headers(*every))

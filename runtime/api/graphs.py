@@ -37,7 +37,7 @@ DRAWN: dict[int | str, dict[str, Any]] = {
 XRAY_MAX = 100
 
 
-@router.get("", summary="List graphs", response_model=GraphList)
+@router.get("", summary="List graphs", response_model=GraphList, response_description="The graphs.")
 async def index(services: ServicesDep) -> dict[str, Any]:
     """The graphs that are served, and why others are not."""
     return {
@@ -46,7 +46,12 @@ async def index(services: ServicesDep) -> dict[str, Any]:
     }
 
 
-@router.get("/{name}", summary="Look at a graph", responses=may(NO_GRAPH))
+@router.get(
+    "/{name}",
+    summary="Look at a graph",
+    response_description="The graph.",
+    responses=may(NO_GRAPH),
+)
 async def show(name: GraphName, services: ServicesDep) -> GraphInfo:
     """What it is for, its nodes, and what a run without an input starts from."""
     return _info(services.graphs.get(name))
@@ -56,6 +61,7 @@ async def show(name: GraphName, services: ServicesDep) -> GraphInfo:
     "/{name}/schema",
     summary="Read a graph's schemas",
     response_model=GraphSchema,
+    response_description="The schemas.",
     responses=may(NO_GRAPH),
 )
 async def schema(name: GraphName, services: ServicesDep) -> dict[str, Any]:
@@ -86,7 +92,8 @@ async def draw(
         int, Query(ge=0, le=XRAY_MAX, description="How many levels of subgraphs are opened.")
     ] = 0,
 ) -> Response:
-    """Its nodes and edges. A node's `id` is its `ns` and name in lines, joined by `:`."""
+    """Its nodes and edges; `format` chooses, not `Accept`. A node's `id` is its `ns` and name in
+    lines, joined by `:`."""
     graph = services.graphs.get(name)
     # In a thread: drawing tries the graph's writers, step by step.
     if format == "mermaid":

@@ -9,24 +9,57 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from runtime.api.accept import preferred
 from runtime.api.dependencies import ServicesDep
-from runtime.api.schemas import Checked, Health
+from runtime.api.document import headers
+from runtime.api.schemas import Checked, Health, Info
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["operations"])
 _NO_STORE = {"Cache-Control": "no-store"}
+HEALTH_JSON = "application/health+json"
 #: For the OpenAPI document.
+CACHE = headers("Cache-Control")
+CHECKS = [{"name": "storage", "status": "pass", "age_s": 1.9, "latency_ms": 0.6}]
+ALIVE: dict[int | str, dict[str, Any]] = {
+    200: {"model": Health, "headers": CACHE, "description": "It is alive."}
+}
+
+
+def _checked_as(description: str, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    status = "pass" if all(check["status"] == "pass" for check in checks) else "fail"
+    content = {
+        "schema": {"$ref": "#/components/schemas/Checked"},
+        "example": {"status": status, "checks": checks},
+    }
+    media_types = ("application/json", HEALTH_JSON)
+    return {
+        "description": description,
+        "model": Checked,
+        "headers": CACHE,
+        "content": dict.fromkeys(media_types, content),
+    }
+
+
 CHECKED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "All pass.", "model": Checked},
-    503: {"description": "A check fails.", "model": Checked},
+    200: _checked_as("All pass.", CHECKS),
+    503: _checked_as(
+        "A check fails.",
+        [*CHECKS, {"name": "draining", "status": "fail", "output": "the server shuts down"}],
+    ),
 }
 PLAIN: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/plain": {"schema": {"type": "string"}, "example": "ok"}}}
+    200: {
+        "description": "It is not stuck.",
+        "headers": CACHE,
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": "ok"}},
+    }
 }
 METRICS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "What `Accept` asked for: Prometheus text, or OpenMetrics.",
+        "headers": CACHE,
         "content": {
             media_type: {
                 "schema": {"type": "string"},
@@ -36,25 +69,9 @@ METRICS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-INFO: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            "application/json": {
-                "schema": {"type": "object"},
-                "example": {
-                    "name": "sereno",
-                    "version": "0.1.0",
-                    "langgraph": "1.2.24",
-                    "engine": "sqlite",
-                    "graphs": ["research", "screening"],
-                },
-            }
-        }
-    }
-}
 
 
-@router.get("/health", summary="Is it alive?", responses={200: {"model": Health}})
+@router.get("/health", summary="Is it alive?", responses=ALIVE)
 @router.get("/healthz", include_in_schema=False)
 async def health() -> Response:
     """The event loop answers: `{"status":"ok","ts":<unix seconds>}`, exactly."""
@@ -92,7 +109,7 @@ async def metrics(request: Request, services: ServicesDep) -> Response:
     return Response(body, headers={"Content-Type": media_type, **_NO_STORE})
 
 
-@router.get("/info", summary="What is it?", responses=INFO)
+@router.get("/info", summary="What is it?", response_model=Info, response_description="The server.")
 async def info(services: ServicesDep) -> dict[str, object]:
     """Versions, graphs, and what this server was told."""
     return dict(services.info)
@@ -101,7 +118,7 @@ async def info(services: ServicesDep) -> dict[str, object]:
 def _checked(results: list[dict[str, object]], request: Request) -> Response:
     ok = all(result["status"] == "pass" for result in results)
     body = {"status": "pass" if ok else "fail", "checks": results}
-    media_type = "application/json"
-    if "application/health+json" in request.headers.get("accept", ""):
-        media_type = "application/health+json"
+    # A probe is answered whatever it accepts.
+    accept = request.headers.get("accept", "")
+    media_type = preferred(accept, ("application/json", HEALTH_JSON)) or "application/json"
     return JSONResponse(body, 200 if ok else 503, headers=_NO_STORE, media_type=media_type)

@@ -14,7 +14,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from runtime.api import document
-from runtime.api.document import RUN_ID, TRACE_ID, headers
+from runtime.api.accept import NotAcceptable
+from runtime.api.document import headers
+from runtime.api.examples import RUN_ID, TRACE_ID
 from runtime.engines.serde import StateTypeBlocked
 from runtime.errors import (
     Conflict,
@@ -65,6 +67,7 @@ class BadCursor(InvalidRequest):
 #: Error → status. The first row that fits counts.
 STATUSES: Sequence[tuple[type[SerenoError], int]] = (
     (BadCursor, 400),
+    (NotAcceptable, 406),
     (InvalidRequest, 422),
     (NotFound, 404),
     (Conflict, 409),
@@ -147,9 +150,11 @@ def may(
         answer = found.setdefault(example["status"], _documented(example["title"]))
         if isinstance(error, Unavailable):
             answer["headers"] = headers("Retry-After")
-        answer["content"][MEDIA_TYPE]["examples"][example["code"]] = {
-            "value": {**example, "trace_id": TRACE_ID}
-        }
+        examples = answer["content"][MEDIA_TYPE]["examples"]
+        name = example["code"]
+        if name in examples:  # of another field
+            name = f"{name}: {example['field']}"
+        examples[name] = {"value": {**example, "trace_id": TRACE_ID}}
     return found
 
 

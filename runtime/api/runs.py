@@ -9,15 +9,17 @@ import contextlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import orjson
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator
 
+from runtime.api.accept import NotAcceptable, chosen
 from runtime.api.dependencies import Services, ServicesDep
-from runtime.api.document import RUN_ID, headers, stream_content
+from runtime.api.document import headers, stream_content
+from runtime.api.examples import RUN_ID
 from runtime.api.problems import (
     AHEAD,
     BAD_CURSOR,
@@ -45,7 +47,7 @@ from runtime.api.schemas import (
     terminal_data,
     unix_seconds,
 )
-from runtime.api.stream import NOTHING_MORE, LinesResponse, acts_on, stream_of
+from runtime.api.stream import LINE_HEADERS, NOTHING_MORE, LinesResponse, acts_on, stream_of
 from runtime.api.submitting import submit_request
 from runtime.engines.base import follow
 from runtime.errors import InvalidRequest, NotFound, TraceNotRecorded
@@ -58,6 +60,7 @@ __all__ = [
     "ANSWERED",
     "NOT_YET",
     "RESULT",
+    "UNANSWERABLE",
     "Heartbeat",
     "LastEventId",
     "Prefer",
@@ -66,6 +69,7 @@ __all__ = [
     "result_of",
     "router",
     "wait_for",
+    "wanted",
 ]
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"], route_class=JsonRoute, responses=RESPONSES)
@@ -75,13 +79,17 @@ WAIT_MAX = 60.0
 #: The shortest time between heartbeats that a reader may ask for, in seconds.
 HEARTBEAT_MIN = 0.1
 
+#: What a request that starts a run may be answered with.
+FORMS = ("application/json", MEDIA_TYPE)
+
 _RUN_HEADERS = headers("Location", "X-Run-Id", "X-Trace-Id")
+_LINE_HEADERS = headers(*LINE_HEADERS)
 #: For the OpenAPI document: what a request that starts a run may answer.
 ANSWERED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The run's lines, or its result: what `Accept` and `Prefer` asked for.",
         "model": RunResult,
-        "headers": headers("Location", "X-Run-Id", "X-Trace-Id", "X-Log-Id"),
+        "headers": _LINE_HEADERS,
         "content": {MEDIA_TYPE: stream_content()},
     },
     202: {"description": "The run is committed.", "headers": _RUN_HEADERS},
@@ -90,16 +98,21 @@ RESULT: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The run has ended, one way or the other.",
         "model": RunResult,
-        "headers": headers("X-Run-Id", "X-Trace-Id"),
+        "headers": headers("X-Run-Id", "X-Trace-Id", "Cache-Control"),
     }
 }
+#: Why a run is not started that would be answered in no way that its client takes.
+UNANSWERABLE = (
+    NotAcceptable("text/event-stream", FORMS),
+    InvalidRequest("Prefer", "wait='soon' is not a number of seconds"),
+)
 NOT_YET: dict[int | str, dict[str, Any]] = {
     202: {"description": "There is no result yet.", "model": NotYet, "headers": _RUN_HEADERS}
 }
 LINES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The run's lines, one JSON object each.",
-        "headers": headers("Location", "X-Run-Id", "X-Trace-Id", "X-Log-Id"),
+        "headers": _LINE_HEADERS,
         "content": {MEDIA_TYPE: stream_content()},
     },
     **NOTHING_MORE,
@@ -107,6 +120,7 @@ LINES: dict[int | str, dict[str, Any]] = {
 SPANS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "OTLP/JSON, as a collector takes it at `/v1/traces`.",
+        "headers": headers("X-Trace-Id", "Cache-Control"),
         "content": {
             "application/json": {
                 "schema": {"type": "object", "required": ["resourceSpans"]},
@@ -189,6 +203,8 @@ Prefer = Annotated[
             BUSY,
             HELD,
             InvalidRequest("input.question", "is required by the graph's input schema"),
+            InvalidRequest("Idempotency-Key", "not supported yet; leave the header out"),
+            *UNANSWERABLE,
             BLOCKED,
             *NOT_NOW,
             body=True,
@@ -210,17 +226,32 @@ async def start(
     when its client goes away."""
     if idempotency_key is not None:
         raise InvalidRequest("Idempotency-Key", "not supported yet; leave the header out")
+    how = wanted(request)
     run = await submit_request(services, body)
-    return await answer_new_run(services, run, request)
+    return await answer_new_run(services, run, how)
 
 
-async def answer_new_run(services: Services, run: Run, request: Request) -> Response:
+class Wanted(NamedTuple):
+    """How a client wants to see the run that it starts."""
+
+    lines: bool
+    #: Seconds to wait for the result.
+    wait_s: float | None
+
+
+def wanted(request: Request) -> Wanted:
+    """To be asked before the run is committed. Raises NotAcceptable, InvalidRequest."""
+    lines = chosen(request, FORMS) == MEDIA_TYPE
+    return Wanted(lines, _preferred_wait(request.headers.get("prefer")))
+
+
+async def answer_new_run(services: Services, run: Run, how: Wanted) -> Response:
     """A new run as the client wants to see it: its stream, its result, or where it is."""
     acts_on(run)
-    if MEDIA_TYPE in request.headers.get("accept", ""):
+    if how.lines:
         return stream_of(services, run, origin=True)
-    if (seconds := _preferred_wait(request.headers.get("prefer"))) is not None:
-        return await result_of(services, run, seconds)
+    if how.wait_s is not None:
+        return await result_of(services, run, how.wait_s)
     return _accepted(run_info(run).model_dump(), run)
 
 
@@ -228,6 +259,7 @@ async def answer_new_run(services: Services, run: Run, request: Request) -> Resp
     "",
     summary="List runs",
     response_model=RunList,
+    response_description="A page of runs.",
     responses=may(
         InvalidRequest("cursor", "use next_cursor of the page before"),
         UNREADABLE,
@@ -270,6 +302,7 @@ async def index(
     "/{run_id}",
     summary="Look at a run",
     response_model=RunInfo,
+    response_description="The run.",
     responses={200: {"headers": headers("X-Trace-Id")}, **may(NO_RUN, UNREADABLE)},
 )
 async def show(run_id: RunId, services: ServicesDep) -> RunInfo:
@@ -338,9 +371,11 @@ async def stream(
     responses={
         200: {
             "description": "The member, as it would have stood in the line's `data`.",
+            "headers": headers("X-Trace-Id", "Cache-Control", "X-Content-Type-Options"),
             "content": {"application/json": {"schema": {}}},
         },
         **may(
+            NO_RUN,
             NotFound(f"line 3 of run {RUN_ID!r} has no large member 'update'"),
             InvalidRequest("seq", "Input should be greater than or equal to 1"),
             UNREADABLE,

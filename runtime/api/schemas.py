@@ -37,6 +37,7 @@ __all__ = [
     "GraphList",
     "GraphSchema",
     "Health",
+    "Info",
     "JsonRoute",
     "NotYet",
     "ResumeRequest",
@@ -311,8 +312,8 @@ class SeedRequest(_Body):
     _ids = field_validator("thread_id")(check_id)
 
 
-class RunInfo(BaseModel):
-    """A run as it is now."""
+class ListedRun(BaseModel):
+    """A run as it is now, as far as its row tells."""
 
     run_id: Annotated[str, Field(examples=["01KAV3V2Q4X8ZJ5T9W6M1N7R0C"])]
     thread_id: Annotated[str, Field(examples=["t1"])]
@@ -328,7 +329,11 @@ class RunInfo(BaseModel):
     cancel_reason: str | None = None
     stream: Annotated[list[str], Field(description="The modes that are recorded.")]
     metadata: dict[str, Any] | None = None
-    #: While it waits.
+
+
+class RunInfo(ListedRun):
+    """A run as it is now."""
+
     queue_position: Annotated[
         int | None,
         Field(description="Runs that were submitted before it and have not started."),
@@ -342,7 +347,7 @@ class RunInfo(BaseModel):
 class RunList(BaseModel):
     """A page of runs, newest first."""
 
-    runs: list[RunInfo]
+    runs: list[ListedRun]
     next_cursor: Annotated[str | None, Field(description="`cursor` of the next page, if any.")]
 
 
@@ -440,6 +445,32 @@ class Checked(BaseModel):
 
     status: Literal["pass", "fail"]
     checks: list[dict[str, Any]]
+
+
+class Info(BaseModel):
+    """A server, and what it was told."""
+
+    name: Literal["sereno"]
+    version: Annotated[str, Field(examples=["0.1.0"])]
+    contract: Annotated[str, Field(description="The version of the telemetry's names.")]
+    trace_url: Annotated[
+        str | None,
+        Field(
+            description="Where a trace is looked at: a template.",
+            examples=["http://localhost:16686/trace/{trace_id}"],
+        ),
+    ]
+    python: Annotated[str, Field(examples=["3.12.12"])]
+    langgraph: Annotated[str, Field(examples=["1.2.24"])]
+    seam: Annotated[
+        Literal["installed", "wrapped"], Field(description="How a graph's nodes are seen.")
+    ]
+    engine: Annotated[str, Field(examples=["sqlite"])]
+    log_id: Annotated[str, Field(description="As in the header `X-Log-Id`.")]
+    graphs: Annotated[list[str], Field(examples=[["research", "screening"]])]
+    slots: Annotated[int, Field(description="Runs that may execute at once.")]
+    durability: str
+    insecure: Annotated[bool, Field(description="Whether others reach it without a key.")]
 
 
 class ThreadState(BaseModel):

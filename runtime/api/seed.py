@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Query, Response
 
 from runtime.api.dependencies import Services, ServicesDep
-from runtime.api.document import RUN_ID, headers, stream_content
+from runtime.api.document import headers, stream_content
+from runtime.api.examples import RUN_ID
 from runtime.api.problems import (
     AHEAD,
     BAD_CURSOR,
@@ -30,7 +31,7 @@ from runtime.api.runs import (
     result_of,
 )
 from runtime.api.schemas import JsonRoute, SeedRequest, check_id
-from runtime.api.stream import NOTHING_MORE, LinesResponse, acts_on, stream_of
+from runtime.api.stream import LINE_HEADERS, NOTHING_MORE, LinesResponse, acts_on, stream_of
 from runtime.api.submitting import default_input, latest_run, submit_stored
 from runtime.errors import (
     Conflict,
@@ -58,7 +59,7 @@ SEED_EXAMPLE = """\
 SEED_LINES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The task's lines, one JSON object each.",
-        "headers": headers("Location", "X-Run-Id", "X-Trace-Id", "X-Log-Id"),
+        "headers": headers(*LINE_HEADERS),
         "content": {MEDIA_TYPE: stream_content(SEED_EXAMPLE, "SeedLine")},
     }
 }
@@ -83,12 +84,10 @@ class OtherGraph(Conflict):
         self.active_run = run_id
 
 
+NOT_SEED = NotRecorded(RUN_ID, "values")
 STARTING = (
     NO_GRAPH,
-    BUSY,
     HELD,
-    NotRecorded(RUN_ID, "values"),
-    OtherGraph("t1", RUN_ID, "research", "screening"),
     InvalidRequest("thread_id", "use 1 to 128 of the characters A-Z a-z 0-9 _ . : -"),
     *NOT_NOW,
 )
@@ -103,7 +102,15 @@ Task = Annotated[SeedRequest | None, Body(openapi_examples=START_EXAMPLES)]
     responses={
         **SEED_LINES,
         **NOTHING_MORE,
-        **may(BAD_CURSOR, AHEAD, NO_RUN, NO_THREAD, *STARTING),
+        **may(
+            BAD_CURSOR,
+            AHEAD,
+            NO_RUN,
+            NO_THREAD,
+            NOT_SEED,
+            OtherGraph("t1", RUN_ID, "research", "screening"),
+            *STARTING,
+        ),
     },
 )
 async def attach(
@@ -150,7 +157,7 @@ async def attach(
     "/stream",
     summary="Start a task and stream it",
     response_class=LinesResponse,
-    responses={**SEED_LINES, **may(*STARTING, body=True)},
+    responses={**SEED_LINES, **may(BUSY, NOT_SEED, *STARTING, body=True)},
 )
 @router.post("/run/stream", include_in_schema=False)
 async def start(services: ServicesDep, body: Task = None) -> Response:
@@ -163,7 +170,7 @@ async def start(services: ServicesDep, body: Task = None) -> Response:
 @router.post(
     "/run",
     summary="Start a task and wait for its result",
-    responses={**RESULT, **NOT_YET, **may(*STARTING, body=True)},
+    responses={**RESULT, **NOT_YET, **may(BUSY, *STARTING, body=True)},
 )
 async def run(services: ServicesDep, body: Task = None) -> Response:
     """Waits for 60 seconds at most. The same body on its active run attaches."""

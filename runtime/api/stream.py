@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from runtime.api.dependencies import Services
+from runtime.api.document import headers
 from runtime.engines.base import check_cursor, follow
 from runtime.errors import SerenoError
 from runtime.events import TERMINAL_TYPES, unstored
@@ -24,11 +25,23 @@ from telemetry import http
 from telemetry.contract import CloseReason, StreamKind
 from telemetry.streams import StreamWatch
 
-__all__ = ["NOTHING_MORE", "Lines", "LinesResponse", "acts_on", "stream_of"]
+__all__ = ["LINE_HEADERS", "NOTHING_MORE", "Lines", "LinesResponse", "acts_on", "stream_of"]
 
-#: For the OpenAPI document: what a stream answers besides its lines.
+_ALWAYS = (
+    "Location",
+    "X-Run-Id",
+    "X-Trace-Id",
+    "X-Log-Id",
+    "Cache-Control",
+    "X-Content-Type-Options",
+)
+#: For the OpenAPI document: the headers of a stream, and what is answered when there is none.
+LINE_HEADERS = (*_ALWAYS, "X-Accel-Buffering")
 NOTHING_MORE: dict[int | str, dict[str, Any]] = {
-    204: {"description": "The cursor is the terminal line's: `X-Run-Status` says how it ended."}
+    204: {
+        "description": "The cursor is the terminal line's: `X-Run-Status` says how it ended.",
+        "headers": headers(*_ALWAYS, "X-Run-Status"),
+    }
 }
 #: Seconds that a timer may go off before its time: uvloop counts whole milliseconds.
 EARLY = 0.01

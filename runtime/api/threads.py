@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Request, Response
 
 from runtime.api.dependencies import ServicesDep
-from runtime.api.document import headers
 from runtime.api.problems import (
     BLOCKED,
     BUSY,
@@ -19,7 +18,7 @@ from runtime.api.problems import (
     UNREADABLE,
     may,
 )
-from runtime.api.runs import ANSWERED, Prefer, answer_new_run
+from runtime.api.runs import ANSWERED, UNANSWERABLE, Prefer, answer_new_run, wanted
 from runtime.api.schemas import JsonRoute, ResumeRequest, RunInfo, ThreadState
 from runtime.api.submitting import bound_resume, latest_run, state_of, submit_stored
 from runtime.errors import InvalidRequest, ThreadBusy
@@ -47,10 +46,8 @@ ANSWERS: dict[str, Any] = {
     "/{thread_id}/state",
     summary="Read a thread's state",
     response_model=ThreadState,
-    responses={
-        200: {"headers": headers("X-Trace-Id")},
-        **may(NO_THREAD, NO_GRAPH, BLOCKED, UNREADABLE),
-    },
+    response_description="The state.",
+    responses=may(NO_THREAD, NO_GRAPH, BLOCKED, UNREADABLE),
 )
 async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
     """The thread's values after its latest checkpoint, what comes next, and what it waits for."""
@@ -83,6 +80,7 @@ async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
             BUSY,
             HELD,
             InvalidRequest("resume", "no interrupt is pending on this thread"),
+            *UNANSWERABLE,
             BLOCKED,
             *NOT_NOW,
             body=True,
@@ -97,6 +95,7 @@ async def resume(
     prefer: Prefer = None,
 ) -> Response:
     """A new run goes on where the thread stopped. It answers as `POST /v1/runs` does."""
+    how = wanted(request)
     before = await latest_run(services, thread_id)
     if before.terminal is None:
         raise ThreadBusy(thread_id, before.run_id)
@@ -119,4 +118,4 @@ async def resume(
         deadline_s=body.deadline_s,
         trigger="resume",
     )
-    return await answer_new_run(services, run, request)
+    return await answer_new_run(services, run, how)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema_rs
 import pytest
 import schemathesis
+from fastapi.openapi.utils import get_openapi
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
@@ -25,6 +30,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from runtime import errors
 from runtime.app import create_app
 from runtime.errors import InvalidRequest, LeaseLost, LogLimit, SerenoError, StartupError
 from runtime.events import STORED_TYPES, UNSTORED_TYPES
@@ -34,7 +40,10 @@ from .conftest import Serving
 from .graphs.play import Stage
 from .harness import Server, problem
 
+ROOT = Path(__file__).parents[2]
 EXAMPLES = 200
+#: What HTTP itself needs.
+FRAMING = {"content-type", "content-length"}
 #: Operations of which every answer is plain.
 PLAIN = {"/health", "/livez", "/readyz", "/startupz", "/metrics", "/info", "/v1/graphs"}
 
@@ -84,8 +93,8 @@ def test_every_operation_says_what_it_does(document: Document) -> None:
         for parameter in operation.get("parameters", ()):
             assert parameter.get("description"), f"{name} {parameter['name']}"
         for status, response in operation["responses"].items():
-            assert response["description"] != "Successful Response" or status == "200", name
-            assert "traceresponse" in response["headers"], name
+            assert response["description"] != "Successful Response", name
+            assert response["headers"], name
             assert response.get("content") or status == "204", f"{name} {status}"
 
 
@@ -102,6 +111,76 @@ def test_every_body_has_an_example_that_is_valid(document: Document) -> None:
         assert examples, name
         for example in examples:
             assert check.is_valid(example), f"{name}: {example}"
+
+
+def test_every_answer_has_an_example_that_is_valid(document: Document) -> None:
+    for name, operation in operations(document):
+        for status, response in operation["responses"].items():
+            for media_type, content in response.get("content", {}).items():
+                where, schema = f"{name} {status} {media_type}", content["schema"]
+                shown = [e["value"] for e in content.get("examples", {}).values()]
+                shown += [content["example"]] if "example" in content else []
+                if (named := schema.get("$ref", "").rpartition("/")[2]) and not shown:
+                    shown = document["components"]["schemas"][named].get("examples", [])
+                check = jsonschema_rs.validator_for(
+                    {**schema, "components": document["components"]}
+                )
+
+                assert shown or not schema, where
+                if media_type != "application/x-ndjson":  # looked at line by line
+                    for example in shown:
+                        assert check.is_valid(example), f"{where}: {example}"
+
+
+def test_every_other_example_is_valid(document: Document) -> None:
+    """Of parameters, headers, and members of schemas."""
+    parts: list[Document] = [*document["components"]["headers"].values()]
+    for _, operation in operations(document):
+        parts += operation.get("parameters", ())
+    for part in parts:
+        schema = {**part["schema"], "components": document["components"]}
+        check = jsonschema_rs.validator_for(schema)
+        for example in [*part["schema"].get("examples", ()), part.get("example")]:
+            assert example is None or check.is_valid(example), part
+    for name, schema in document["components"]["schemas"].items():
+        for member, of in schema.get("properties", {}).items():
+            check = jsonschema_rs.validator_for({**of, "components": document["components"]})
+            for example in of.get("examples", ()):
+                assert check.is_valid(example), f"{name}.{member}: {example}"
+
+
+async def test_answers_have_the_members_of_their_examples(
+    server: Server, document: Document
+) -> None:
+    await server.ended("asks", thread_id="t")
+    waits = await server.start("gated")
+    good = await server.ended("free", metadata={"asked_by": "ana"})
+    for name, path in {
+        "RunInfo": f"/v1/runs/{good}",
+        "RunList": "/v1/runs",
+        "GraphInfo": "/v1/graphs/gated",
+        "GraphList": "/v1/graphs",
+        "GraphSchema": "/v1/graphs/gated/schema",
+        "Drawing": "/v1/graphs/gated/drawing",
+        "Health": "/health",
+        "Info": "/info",
+        "ThreadState": "/v1/threads/t/state",
+        "RunResult": f"/v1/runs/{good}/wait",
+        "NotYet": f"/v1/runs/{waits}/wait?timeout=0",
+    }.items():
+        (example,) = document["components"]["schemas"][name]["examples"]
+        url, _, query = path.partition("?")
+        answer = (await server.get(url, query=query.encode())).json()
+
+        if name == "RunResult":  # what does not apply is absent
+            assert answer.keys() <= example.keys()
+        else:
+            assert answer.keys() == example.keys(), name
+    (row,) = document["components"]["schemas"]["RunList"]["examples"][0]["runs"]
+    listed = (await server.get("/v1/runs")).json()["runs"]
+
+    assert all(run.keys() == row.keys() for run in listed)
+    assert not {"result", "queue_position"} & row.keys()  # they would be null in each
 
 
 def test_every_problem_has_an_example_that_is_valid(document: Document) -> None:
@@ -129,6 +208,56 @@ def _codes(kind: type[SerenoError]) -> set[str]:
         return set()
     below = set().union(*(_codes(child) for child in kind.__subclasses__()))
     return below if below and kind is not InvalidRequest else below | {kind.code}
+
+
+def test_every_code_that_the_api_says_is_in_the_document_and_no_other(document: Document) -> None:
+    listed = {example["code"] for _, op in operations(document) for _, example in problems_of(op)}
+    said = _codes(SerenoError)
+    for path in [*ROOT.glob("runtime/api/*.py"), ROOT / "runtime/app.py"]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Call(args=[_, ast.Constant(str(code)), *_]) if _called(node) == "problem":
+                    said.add(code)
+                case ast.Call(args=[ast.Constant(int(status)), *_]) if (
+                    _called(node) == "HTTPException"
+                ):
+                    said.add(HTTPStatus(status).phrase.lower().replace(" ", "_"))
+                case ast.Raise(exc=ast.Call(func=ast.Name(name))) if hasattr(errors, name):
+                    said.add(getattr(errors, name).code)
+
+    assert listed == said - {StartupError.code} | {"internal"}
+    assert {"body_too_large", "invalid_json", "unsupported_media_type"} <= said
+    for code in ("not_found", "method_not_allowed"):  # of no operation: by the router
+        assert f"`{code}`" in document["info"]["description"]
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+async def test_the_document_is_built_once_when_asked_for_and_not_on_the_event_loop(
+    serve: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_by: list[threading.Thread] = []
+
+    def noted(**told: Any) -> Document:
+        built_by.append(threading.current_thread())
+        return get_openapi(**told)
+
+    monkeypatch.setattr("fastapi.applications.get_openapi", noted)
+    async with serve() as server:
+        at_start = list(built_by)
+        answers = await asyncio.gather(*(server.get("/openapi.json") for _ in range(3)))
+        answers.append(await server.get("/openapi.json"))
+
+    assert at_start == []
+    assert len(built_by) == 1
+    assert built_by[0] is not threading.current_thread()
+    assert {(answer.status, answer.headers["content-type"]) for answer in answers} == {
+        (200, "application/json")
+    }
+    assert len({answer.body for answer in answers}) == 1
+    assert answers[0].json() == create_app(Settings(), []).openapi()
 
 
 def test_a_run_is_named_by_the_headers_of_what_starts_or_follows_it(document: Document) -> None:
@@ -228,7 +357,7 @@ def running(serve: Serving) -> Iterator[tuple[asyncio.Runner, Server]]:
 
 
 def test_the_app_keeps_to_its_document(running: tuple[asyncio.Runner, Server]) -> None:
-    """Whatever is asked: no 5xx, and only documented statuses, types and bodies."""
+    """Whatever is asked: no 5xx, and only documented statuses, types, headers, codes, bodies."""
     runner, server = running
     document = runner.run(server.get("/openapi.json")).json()
     for _, operation in operations(document):  # it would let any status pass
@@ -236,6 +365,7 @@ def test_the_app_keeps_to_its_document(running: tuple[asyncio.Runner, Server]) -
     for body in ("RunRequest", "SeedRequest"):  # so that many are not just 404
         graph = {"type": "string", "enum": ["free", "asks", "fails", "looks", "typed", "nope"]}
         document["components"]["schemas"][body]["properties"]["graph"] = graph
+    described = dict(operations(document))
     schema = schemathesis.openapi.from_dict(document)
     asked = st.one_of(
         *(
@@ -275,6 +405,13 @@ def test_the_app_keeps_to_its_document(running: tuple[asyncio.Runner, Server]) -
             )
         )
         seen.add(answer.status)
+        operation = described[f"{case.operation.method.upper()} {case.operation.path}"]
+        documented = operation["responses"][str(answer.status)]
+        sent_headers = {name.lower() for name in answer.headers} - FRAMING
+        assert sent_headers <= {name.lower() for name in documented["headers"]}, case
+        if answer.status >= 400:
+            codes = {e["code"] for s, e in problems_of(operation) if s == str(answer.status)}
+            assert answer.json()["code"] in codes, case
         response = httpx.Response(
             answer.status, headers=answer.headers, content=answer.body, request=request
         )

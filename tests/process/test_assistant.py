@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +30,31 @@ def assistant(serving: Callable[..., Server]) -> Server:
     # An empty variable is none: whoever runs this may have a key.
     ours = {"OPENAI_API_KEY": "", "OPENAI_BASE_URL": "", "EXAMPLES_PACE": str(PACE)}
     return serving("--config", str(FOLDER), **ours).start()
+
+
+def shown(language: str) -> str:
+    """The blocks of this language in the example's README, one after the other."""
+    text = (FOLDER / "README.md").read_text("utf-8")
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    assert found
+    return "".join(found)
+
+
+def executed(command: list[str], **environment: str) -> str:
+    """What a command of the README prints, in the example's folder."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SERENO_", "OPENAI_"))}
+    local = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        command,
+        cwd=FOLDER,
+        env=kept | local | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def ask(server: Server, text: str, thread: str = "t") -> str:
@@ -178,6 +207,27 @@ def test_a_cancelled_text_stops_and_nobody_complains(assistant: Server) -> None:
     assert "Traceback" not in "".join(
         line for line in assistant.output.splitlines() if not line.startswith("{")
     )
+
+
+def test_the_readme_s_program_asks_and_is_answered() -> None:
+    first, last = executed([sys.executable, "-c", shown("python")], EXAMPLES_PACE="0").splitlines()
+
+    assert "Interrupt(value={'question': '¿Lo hago?'" in first
+    assert "Devueltos 89,90 € del pedido 1003." in last
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_readme_s_requests_end_as_it_says(assistant: Server) -> None:
+    script = shown("sh").replace("make run\n", "").replace("http://127.0.0.1:8009", assistant.url)
+    assert script.count(assistant.url) == 3
+    lines = executed(["sh", "-euc", script])
+
+    assert re.findall(r'"type":"(run\.(?!queued|started)\w+|final)"', lines) == [
+        "final",
+        "run.interrupted",
+        "run.completed",
+    ]
+    assert "Devueltos 89,90 € del pedido 1003." in lines
 
 
 @pytest.fixture

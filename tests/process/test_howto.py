@@ -33,6 +33,11 @@ PRINTS = {
         "load -.-> score",
         '"type":"run.completed"',
     ],
+    "cancel-a-run": [
+        '["run.cancelled","the question has changed"]',
+        '"cancelled"',
+        '["timeout","deadline"]',
+    ],
     "resume-after-a-cut": ["1 run.queued", "run.completed", "1 run.queued", "run.completed"],
     "answer-an-interrupt": [
         '"interrupted"',
@@ -55,8 +60,8 @@ class Block(NamedTuple):
     code: str
 
 
-def blocks(page: str) -> list[Block]:
-    text = (PAGES / f"{page}.md").read_text("utf-8")
+def blocks(page: str, folder: Path = PAGES) -> list[Block]:
+    text = (folder / f"{page}.md").read_text("utf-8")
     return [
         Block(*found) for found in re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", text, re.M | re.S)
     ]
@@ -88,6 +93,29 @@ def examples(serving: Callable[..., Server]) -> Server:
     return serving(*EXAMPLES, EXAMPLES_PACE="0.1").start()
 
 
+def prints(expected: list[str], script: str, server: Server, folder: Path) -> None:
+    """Execute what is shown against a server; what is expected is printed in this order."""
+    if missing := [name for name in ("curl", "jq") if name in script and not shutil.which(name)]:
+        pytest.skip(f"there is no {missing[0]}")
+    script = script.replace("localhost:8009", server.url.removeprefix("http://"))
+    script = script.replace("localhost:8010", "127.0.0.1:8010").replace("8010", str(free_port()))
+    done = subprocess.run(
+        ["sh", "-c", script],
+        cwd=folder,
+        env=environment(server),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    at = 0
+    for fragment in expected:
+        at = done.stdout.find(fragment, at) + 1
+        assert at, f"{fragment} is not in\n{done.stdout[-4000:]}"
+
+
 def test_every_page_is_listed_and_tested() -> None:
     pages = {path.stem for path in PAGES.glob("*.md")} - {"README"}
     listed = set(re.findall(r"\]\(([\w-]+)\.md\)", (PAGES / "README.md").read_text("utf-8")))
@@ -107,29 +135,47 @@ def test_what_a_page_shows_is_so(page: str, examples: Server, tmp_path: Path) ->
         else:
             assert language == "sh", f"a block of {language} without a name is not executed"
             script.append(code)
-    text = "\n".join(script)
-    if missing := [name for name in ("curl", "jq") if name in text and not shutil.which(name)]:
-        pytest.skip(f"there is no {missing[0]}")
-    text = text.replace("localhost:8009", examples.url.removeprefix("http://"))
-    text = text.replace("localhost:8010", "127.0.0.1:8010").replace("8010", str(free_port()))
-    done = subprocess.run(
-        ["sh", "-c", text],
-        cwd=tmp_path,
-        env=environment(examples),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    at = 0
     expected = PRINTS[page][: len(PRINTS[page]) // 2] if left_out else PRINTS[page]
-    for fragment in expected:
-        at = done.stdout.find(fragment, at) + 1
-        assert at, f"{fragment} is not in\n{done.stdout[-4000:]}"
+    prints(expected, "\n".join(script), examples, tmp_path)
     if left_out:
         pytest.skip(left_out[0])
+
+
+def test_the_commands_of_the_readme_do_what_it_says(examples: Server, tmp_path: Path) -> None:
+    (shown,) = [code for _, _, code in blocks("README", ROOT) if "curl " in code]
+    expected = [
+        '"type":"final"',
+        '"type":"node.retrying"',
+        '"type":"token"',
+        '"type":"run.interrupted"',
+        '"type":"run.completed"',
+        '{"v":1,"seq":4,',
+        '"type":"final"',
+    ]
+    prints(expected, f"set -eu\n{shown}", examples, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
+def test_the_shown_fetch_reader_stops_at_once_when_there_is_nothing_more(
+    examples: Server, tmp_path: Path
+) -> None:
+    run_id = examples.submit("screening", "t", input={})
+    last = examples.lines(run_id)[-1]["seq"]
+    for _, file, code in blocks("resume-after-a-cut"):
+        if file == "follow.mjs":
+            (tmp_path / file).write_text(code)
+    url = f"{examples.url}/v1/runs/{run_id}/stream"
+    program = f"""
+        import {{ follow }} from "./follow.mjs";
+        await follow("{url}", (line) => console.log(line.type), {last});
+        await follow("{url}", (line) => console.log(line.data.code), {last + 1});
+    """
+    (tmp_path / "last.mjs").write_text(program)
+    done = subprocess.run(
+        ["node", "last.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+
+    assert (done.returncode, done.stdout) == (0, "cursor_ahead\n"), done.stderr
 
 
 @pytest.fixture(params=["python", "node"])

@@ -81,10 +81,10 @@ def test_it_passes_on_what_is_built(smoke: Smoke) -> None:
     [
         pytest.param("health", {"health"}, id="health_without_ts"),
         pytest.param("metric", {"declared", "deltas"}, id="a_metric_renamed"),
-        pytest.param("spans", {"traces", "scraped"}, id="spans_not_exported"),
+        pytest.param("spans", {"traces", "scraped", "chat"}, id="spans_not_exported"),
         pytest.param(
             "terminal",
-            {"streams", "deltas", "resume", "answered", "task"},
+            {"streams", "deltas", "resume", "answered", "task", "chat"},
             id="the_terminal_line_missing",
         ),
     ],
