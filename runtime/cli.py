@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from runtime.cli_screen import Screen
 from runtime.cli_top import TYPES, Keys, Top, rows_of, watch
 from runtime.cli_trace import waterfall
 from runtime.cli_view import Line, Plain, RunView, View, clean, graphs_table, runs_table
@@ -58,14 +60,27 @@ OTHER_VARIABLES = (
     "SERENO_RETRY_MAX_S",
 )
 
-TROUBLE = 2
-CANCELLED = 130
+CANCELLED, UNREAD = 130, 141
 #: Exit codes by the status that a run ended with; 1 for every other.
 EXIT_CODES: Mapping[str, int] = {"success": 0, "interrupted": 3, "cancelled": CANCELLED}
 
 
 class Trouble(Exception):
-    """What stops a command, in one line."""
+    """What stops a command, in one line: something that it was told."""
+
+    exit_code = 2
+
+
+class Refused(Trouble):
+    """The server is there and said no."""
+
+    exit_code = 4
+
+
+class NoServer(Trouble):
+    """Nobody answers there, or it is not Sereno who does."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +97,7 @@ class Surroundings:
         """The terminal, unless the output is for a program."""
         if as_json:
             return None
-        return self.console or (Console() if sys.stdout.isatty() else None)
+        return self.console or (Screen() if sys.stdout.isatty() else None)
 
     def view(self, as_json: bool, command: Callable[..., str] | None = None) -> View:
         """Where a run is shown; `command` makes the command lines that it names."""
@@ -98,7 +113,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except (Trouble, SerenoError) as exc:
             _say(str(exc))
-            raise typer.Exit(1 if isinstance(exc, StartupError) else TROUBLE) from exc
+            otherwise = 1 if isinstance(exc, StartupError) else Trouble.exit_code
+            raise typer.Exit(getattr(exc, "exit_code", otherwise)) from exc
+        except BrokenPipeError:  # as after `| head`: who read has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(UNREAD) from None
 
 
 app = typer.Typer(
@@ -107,6 +126,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog="Exit codes: 0 done, or the run succeeded; 1 the run failed or ran out of time, or "
+    "serve could not start; 2 a wrong option or input; 3 the run waits for an answer; 4 the "
+    "server refused; 5 no server answered; 130 the run was cancelled, or Ctrl-C; 141 nobody "
+    "reads the pipe any more.",
 )
 
 Url = Annotated[
@@ -210,8 +233,8 @@ def run(
 ) -> None:
     """Start a run and watch it. Ctrl-C stops the watching, not the run.
 
-    Exit code: 0 success, 1 error or timeout, 2 no server or refused, 3 waits for an answer,
-    130 cancelled.
+    Exit code: 0 success, 1 error or timeout, 2 wrong input, 3 waits for an answer, 4 refused,
+    5 no server, 130 cancelled. Example: sereno run agent --input '{"question": "why?"}'
     """
     modes = _modes(stream)
     body: dict[str, Any] = {"graph": graph}
@@ -229,8 +252,7 @@ def run(
         body["input"] = _default_input(server, graph)
     optional = {"thread_id": thread, "stream": modes, "deadline_s": deadline}
     body |= {name: value for name, value in optional.items() if value is not None}
-    view = server.around.view(as_json, server.command)
-    _watch(_Follower.of_new_run(server, body), view, graph)
+    _watch(_Follower.of_new_run(server, "/v1/runs", body), as_json)
 
 
 @app.command()
@@ -243,22 +265,52 @@ def tail(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Watch a run from its first line or from a cursor on; exit codes as of `run`."""
+    """Watch a run. It is shown from its first line or a cursor on; exit codes as of `run`."""
     if not after.isdecimal() and after != "latest":
         raise Trouble(f"--after: {after!r} is neither a line's seq nor `latest`")
     server = _Server.of(ctx, url)
-    _watch(_Follower.of_run(server, run, after), server.around.view(as_json, server.command))
+    _watch(_Follower.of_run(server, run, after), as_json)
+
+
+@app.command()
+def answer(
+    ctx: typer.Context,
+    asked: Annotated[
+        str, typer.Argument(metavar="RUN|THREAD", help="Who asks: the run, or its thread.")
+    ],
+    value: Annotated[
+        str,
+        typer.Argument(
+            metavar="VALUE",
+            help="JSON, else text; of several questions a JSON object of answers by id. "
+            "@FILE is the JSON of a file, - that of stdin.",
+        ),
+    ],
+    text: Annotated[bool, typer.Option("--text", help="VALUE is text, whatever it is.")] = False,
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Answer a run that waits. A new run goes on from there and is watched, as by `run`.
+
+    Examples: sereno answer THREAD yes; sereno answer THREAD '{"approved": true}'
+    """
+    given = value if text else _answer(value)
+    server = _Server.of(ctx, url)
+    thread = asked
+    with contextlib.suppress(Refused):  # then it is a thread
+        thread = server.get(_path(asked), "thread_id")["thread_id"]
+    _watch(_Follower.of_new_run(server, _resume(thread), {"resume": given}), as_json)
 
 
 @app.command()
 def trace(ctx: typer.Context, run: RunId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
-    """Show where a run's time went: nodes, attempts and the pauses between them."""
+    """Show where a run's time went. Nodes, attempts and the pauses between them, to scale."""
     server = _Server.of(ctx, url)
     answer = server.get(f"{_path(run)}/trace", "resourceSpans")
     if as_json:
         _print_json(answer)
         return
-    screen = server.around.screen(as_json) or Console()
+    screen = server.around.screen(as_json) or Screen()
     screen.print(waterfall(answer, screen.width, server.around.clock()))
 
 
@@ -267,7 +319,7 @@ def dashboards(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write into.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite edited files.")] = False,
 ) -> None:
-    """Write the dashboards, rules and collector configurations that come with Sereno."""
+    """Write dashboards and alert rules. The collector configurations come with them."""
     try:
         written = write(folder, force=force)
     except Edited as exc:
@@ -289,22 +341,14 @@ def ps(
     server = _Server.of(ctx, url)
     asked = {"status": status, "graph": graph}
     params = {name: value for name, value in asked.items() if value is not None}
-    runs: list[Mapping[str, Any]] = []
-    more: str | None = None
-    while len(runs) < limit:
-        page = {"limit": str(min(limit - len(runs), PAGE))} | ({"cursor": more} if more else {})
-        answer = server.get("/v1/runs", "runs", params | page)
-        runs += answer["runs"]
-        more = answer.get("next_cursor")
-        if more is None or not answer["runs"]:
-            break
+    runs, more = server.runs(params, limit)
     if (screen := server.around.screen(as_json)) is None:
         _print_json(*map(_row, runs))
     elif not runs:
         screen.print("no runs", style="dim")
     else:
         screen.print(runs_table(runs, server.around.clock(), screen.width))
-        if more is not None:
+        if more:
             screen.print("there are more; --limit shows them", style="dim")
 
 
@@ -322,7 +366,7 @@ def top(
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
-    """Show what a server does now, until q. --json: once, the server and then its runs."""
+    """Show what a server does now. Until q; once with --json: the server, and then its runs."""
     server = _Server.of(ctx, url)
     around = server.around
     admin = None
@@ -405,15 +449,14 @@ def _modes(stream: str | None) -> list[str] | None:
     return modes
 
 
-def _read_input(given: str) -> Any:
+def _read_input(given: str, where: str = "--input") -> Any:
     text: str | bytes = given
-    where = "--input"
     try:
         if given == "-":
-            where = "--input - (stdin)"
+            where += " - (stdin)"
             text = sys.stdin.buffer.read()
         elif given.startswith("@"):
-            where = f"--input {given}"
+            where += f" {given}"
             text = Path(given[1:]).expanduser().read_bytes()
         return json.loads(text, parse_constant=_no_constant)
     except OSError as exc:
@@ -423,6 +466,16 @@ def _read_input(given: str) -> Any:
         raise Trouble(f"{where}: not JSON at {place}: {exc.msg}") from exc
     except (ValueError, RecursionError) as exc:
         raise Trouble(f"{where}: not JSON: {exc}") from exc
+
+
+def _answer(value: str) -> Any:
+    """JSON if it looks like that; what a person types is mostly text."""
+    if value[:1] in ("@", "-", "{", "[", '"'):
+        return _read_input(value, "VALUE")
+    try:
+        return json.loads(value, parse_constant=_no_constant)
+    except ValueError:
+        return value
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -440,14 +493,17 @@ def _default_input(server: _Server, graph: str) -> Any:
 # Watching a run.
 
 
-def _watch(follower: _Follower, view: View, graph: str = "GRAPH") -> NoReturn:
+def _watch(follower: _Follower, as_json: bool) -> NoReturn:
     """Show a run to its end, and exit as it ended."""
     final: Mapping[str, Any] = {}
+    graph = "GRAPH"
     try:
-        with view:
+        with follower.server.around.view(as_json, follower.server.command) as view:
             for line in follower.lines(view.note):
                 view.line(line)
                 final = line.data
+                if final["type"] == "run.queued":
+                    graph = final["data"].get("graph", graph)
     except KeyboardInterrupt:
         _say(follower.stopped())
         raise typer.Exit(CANCELLED) from None
@@ -503,15 +559,11 @@ def _how_to_answer(line: Mapping[str, Any], server: _Server, graph: str) -> str:
     if not ids:  # a breakpoint: there is no question
         command = server.command("run", graph, "--thread", thread, "--input", "null")
         return f"the run stopped at a breakpoint; let it go on: {command}"
-    answer: Any = "…" if len(ids) == 1 else dict.fromkeys(ids, "…")
-    url = f"{server.url}/v1/threads/{quote(thread, safe='')}/resume"
-    curl = ["curl", "-X", "POST", url, "-H", "Content-Type: application/json"]
-    curl += ["-d", json.dumps({"resume": answer}, ensure_ascii=False)]
-    return f"the run waits for {_answers(len(ids))}; give it: {shlex.join(curl)}"
-
-
-def _answers(count: int) -> str:
-    return "an answer" if count == 1 else f"{count} answers"
+    if len(ids) == 1:
+        return f"the run waits for an answer; give it: {server.command('answer', thread, '…')}"
+    given = json.dumps(dict.fromkeys(ids, "…"), ensure_ascii=False)
+    command = server.command("answer", thread, given)
+    return f"the run waits for {len(ids)} answers; give them: {command}"
 
 
 class _Follower:
@@ -535,9 +587,9 @@ class _Follower:
         self._answered = False
 
     @classmethod
-    def of_new_run(cls, server: _Server, body: Any) -> _Follower:
+    def of_new_run(cls, server: _Server, path: str, body: Any) -> _Follower:
         """Starts a run."""
-        return cls(server, lambda: server.stream("POST", "/v1/runs", json=body), None, cursor=0)
+        return cls(server, lambda: server.stream("POST", path, json=body), None, cursor=0)
 
     @classmethod
     def of_run(cls, server: _Server, run: str, after: str) -> _Follower:
@@ -570,14 +622,14 @@ class _Follower:
             except (httpx2.TransportError, _Away) as exc:
                 if not self._answered:
                     raise self._never_answered(exc) from exc
-                cut = f"the connection was cut ({_reason(exc)})"
+                cut = _how_cut(exc)
             if opened is not None and self.server.around.clock() - opened >= STEADY_S:
                 tries = 0
             opened = None
             if self.run_id is None:
-                raise Trouble(f"{cut} before the run had an id; look for it: `sereno ps`")
+                raise NoServer(f"{cut} before the run had an id; look for it: `sereno ps`")
             if tries == len(BACKOFF_S):
-                raise Trouble(f"{cut}, and {self.server.url} did not come back; {self._later()}")
+                raise NoServer(f"{cut}, and {self.server.url} did not come back; {self._later()}")
             pause = BACKOFF_S[tries]
             tries += 1
             note(
@@ -617,11 +669,11 @@ class _Follower:
                 raise _Away(f"HTTP {response.status_code}")
             if response.is_error:
                 response.read()
-                raise Trouble(self.server.problem(response))
+                raise Refused(self.server.problem(response))
             if response.status_code != httpx2.codes.NO_CONTENT and not response.headers.get(
                 "Content-Type", ""
             ).startswith(NDJSON):
-                raise Trouble(f"{self.server.url} did not answer with a stream: is it Sereno?")
+                raise NoServer(f"{self.server.url} did not answer with a stream: is it Sereno?")
             self._answered = True
             self.run_id = response.headers.get("X-Run-Id", self.run_id)
             self._log_id = response.headers.get("X-Log-Id", self._log_id)
@@ -650,9 +702,9 @@ class _Follower:
                     raise _Away(f"line {seq} came next")
                 yield Line(raw, data)
 
-    def _never_answered(self, exc: Exception) -> Trouble:
+    def _never_answered(self, exc: Exception) -> NoServer:
         if self.run_id is None and not isinstance(exc, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return Trouble(
+            return NoServer(
                 f"{self.server.url} did not answer ({_reason(exc)}); "
                 f"the run may have started: {self.server.command('ps')}"
             )
@@ -672,10 +724,11 @@ class _Source:
             self._info = self._server.get("/info", "slots")
         return self._info
 
-    def runs(self, status: str, most: int) -> Sequence[Mapping[str, Any]]:
-        asked = {"status": status, "limit": str(most)}
-        runs: Sequence[Mapping[str, Any]] = self._server.get("/v1/runs", "runs", asked)["runs"]
-        return runs
+    def runs(self, status: str, most: int, since: float = 0) -> Sequence[Mapping[str, Any]]:
+        asked = {"status": status}
+        if since:
+            asked["updated_after"] = datetime.fromtimestamp(since, UTC).isoformat()
+        return self._server.runs(asked, most)[0]
 
     def lines(self, run_id: str, after: int) -> Sequence[Mapping[str, Any]]:
         params = {"after": str(after), "follow": "0", "types": ",".join(TYPES)}
@@ -727,8 +780,21 @@ class _Server:
         """A JSON object that has this member."""
         _, answer = self.ask("GET", path, params=params)
         if not isinstance(answer, dict) or member not in answer:
-            raise Trouble(f"{self.url} did not answer with {member}: is it Sereno?")
+            raise NoServer(f"{self.url} did not answer with {member}: is it Sereno?")
         return answer
+
+    def runs(self, asked: Mapping[str, str], most: int) -> tuple[Sequence[Mapping[str, Any]], bool]:
+        """The newest runs over as many pages as that takes, and whether there are more."""
+        runs: list[Mapping[str, Any]] = []
+        more: str | None = None
+        while len(runs) < most:
+            page = {"limit": str(min(most - len(runs), PAGE))} | ({"cursor": more} if more else {})
+            answer = self.get("/v1/runs", "runs", {**asked, **page})
+            runs += answer["runs"]
+            more = answer.get("next_cursor")
+            if more is None or not answer["runs"]:
+                break
+        return runs, more is not None
 
     def ask(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
         """Status and JSON of an answer. Raises Trouble for everything but success."""
@@ -736,7 +802,7 @@ class _Server:
         try:
             return response.status_code, orjson.loads(response.content)
         except orjson.JSONDecodeError as exc:
-            raise Trouble(f"{self.url} did not answer with JSON: is it Sereno?") from exc
+            raise NoServer(f"{self.url} did not answer with JSON: is it Sereno?") from exc
 
     def fetch(self, path: str, params: Mapping[str, str]) -> bytes:
         """A whole answer as it is."""
@@ -748,7 +814,7 @@ class _Server:
         except httpx2.TransportError as exc:
             raise self.unreachable(exc) from exc
         if response.is_error:
-            raise Trouble(self.problem(response))
+            raise Refused(self.problem(response))
         return response
 
     def stream(
@@ -759,11 +825,11 @@ class _Server:
             method, path, headers={"Accept": NDJSON, **(headers or {})}, **more
         )
 
-    def unreachable(self, exc: Exception) -> Trouble:
+    def unreachable(self, exc: Exception) -> NoServer:
         """What it means that a request was not answered."""
         if isinstance(exc, httpx2.ConnectError):
-            return Trouble(f"no server at {self.url}; start one with `sereno serve`")
-        return Trouble(f"{self.url} did not answer: {_reason(exc)}")
+            return NoServer(f"no server at {self.url}; start one with `sereno serve`")
+        return NoServer(f"{self.url} did not answer: {_reason(exc)}")
 
     def command(self, *words: str) -> str:
         """A command line for this server, to be copied."""
@@ -784,6 +850,8 @@ class _Server:
             terminal = said.get("terminal")
             status = (terminal.get("data") or terminal).get("status") if terminal else None
             text += f"; its lines are gone{f', it ended with status {status}' if status else ''}"
+        elif code in ("run_not_found", "thread_not_found"):
+            text += f"; {self.command('ps')} lists runs"
         elif code == "thread_busy" and said.get("active_run"):
             text += f"; {self.command('tail', said['active_run'])} shows it"
         elif wait := response.headers.get("Retry-After"):
@@ -793,6 +861,10 @@ class _Server:
 
 def _path(run: str) -> str:
     return f"/v1/runs/{quote(run, safe='')}"
+
+
+def _resume(thread: str) -> str:
+    return f"/v1/threads/{quote(thread, safe='')}/resume"
 
 
 def _print_json(*rows: Any) -> None:
@@ -808,6 +880,16 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _say(text: str) -> None:
     typer.echo(f"sereno: {clean(text)}", err=True)
+
+
+def _how_cut(exc: Exception) -> str:
+    """What a reader is told of it; how a library puts it would not help."""
+    if isinstance(exc, _Away):
+        return f"the connection was cut ({exc})"
+    if isinstance(exc, httpx2.TimeoutException):
+        return "nothing was heard for too long"
+    refused = isinstance(exc, httpx2.ConnectError)
+    return f"the connection was {'refused' if refused else 'cut'}"
 
 
 def _reason(exc: Exception) -> str:

@@ -5,28 +5,27 @@ from __future__ import annotations
 import os
 import select
 import sys
-import termios
 import time
-import tty
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+from runtime.cli_screen import SPINNER, Held
 from runtime.cli_view import (
-    SPINNER,
     STATUSES,
     Entered,
-    _count,
-    _took,
-    _truncating,
     clean,
+    counted,
     due,
+    on_one_line,
     seconds,
+    took,
+    truncating,
     when,
 )
 
@@ -37,7 +36,9 @@ LOOK_S, FRAME_S = 1.0, 0.25
 #: Below it, ids have lines of their own.
 NARROW = 60
 #: Most runs of a status that are asked for, and most of which the nodes are looked up.
-MOST, LOOKED_INTO = 100, 30
+MOST, LOOKED_INTO = 500, 30
+#: Ends that somebody may have to look at, for how long they are told of, and most that are shown.
+ENDS, LATELY_S, SHOWN = ("error", "timeout", "interrupted"), 3600.0, 5
 #: Lines that tell how nodes stand.
 TYPES = (
     "run.recovered",
@@ -57,8 +58,8 @@ class Source(Protocol):
 
     def info(self) -> Mapping[str, Any]: ...
 
-    def runs(self, status: str, most: int) -> Sequence[Mapping[str, Any]]:
-        """The newest runs with this status."""
+    def runs(self, status: str, most: int, since: float = 0) -> Sequence[Mapping[str, Any]]:
+        """The newest runs with this status, of those that changed since then."""
         ...
 
     def lines(self, run_id: str, after: int) -> Iterable[Mapping[str, Any]]:
@@ -121,7 +122,7 @@ class Run:
     def _node(self, said: Mapping[str, Any], now: float) -> _Node:
         task = said.get("task", "")
         if task not in self.nodes:
-            label = "/".join(map(clean, [*said.get("ns", ()), said.get("node", "")]))
+            label = "/".join(map(on_one_line, [*said.get("ns", ()), said.get("node", "")]))
             path = tuple(said.get("path", ()))
             node = _Node(label=label, since=when(said, now), task=task, path=path)
             taken = set()
@@ -142,6 +143,12 @@ class Run:
         """Open nodes that have no open node inside."""
         around = {task for node in self.nodes.values() for task in node.path}
         return (node for task, node in self.nodes.items() if task not in around)
+
+    def sleeping(self, now: float) -> int:
+        return sum(
+            node.due is not None or any(at > now for _, at in node.calls.values())
+            for node in self.nodes.values()
+        )
 
     def json(self, now: float) -> dict[str, Any]:
         """The run as one row, with how its nodes stand."""
@@ -177,10 +184,13 @@ def _json(node: _Node, now: float) -> dict[str, Any]:
 class Snapshot:
     """What a server does at a moment."""
 
-    #: Newest first.
+    #: Those that wait to retry first, then the oldest: what hangs stands on top.
     running: Sequence[Run]
+    #: Newest first.
     pending: Sequence[Run]
     slots: int
+    #: Runs that came to one of `ENDS` lately, newest first.
+    ended: Sequence[Run] = ()
     #: Whether the admin listener was asked and answered.
     admin: bool = False
 
@@ -190,12 +200,11 @@ class Snapshot:
 
     def sleeping(self, now: float) -> int:
         """Nodes and calls that wait for their next attempt."""
-        nodes = [node for run in self.running for node in run.nodes.values()]
-        return sum(
-            1
-            for node in nodes
-            if node.due is not None or any(at > now for _, at in node.calls.values())
-        )
+        return sum(run.sleeping(now) for run in self.running)
+
+    def came_to(self, status: str) -> int:
+        """How many runs ended like this lately."""
+        return sum(run.row["status"] == status for run in self.ended)
 
     def rows(self, now: float) -> Iterator[dict[str, Any]]:
         """For programs: the server, then its runs."""
@@ -206,10 +215,11 @@ class Snapshot:
             "slots": self.slots,
             "nodes": self.nodes,
             "sleeping": self.sleeping(now),
-            "complete": max(len(self.running), len(self.pending)) < MOST
+            "last_hour": {status: self.came_to(status) for status in ENDS},
+            "complete": max(map(len, (self.running, self.pending, self.ended))) < MOST
             and all(run.looked_into for run in self.running),
         }
-        for run in [*self.running, *self.pending]:
+        for run in [*self.running, *self.pending, *self.ended]:
             yield {"type": "run"} | run.json(now)
 
 
@@ -223,7 +233,15 @@ class Top:
 
     def look(self) -> Snapshot:
         running = [self._known(row) for row in self._source.runs("running", MOST)]
+        running.sort(key=lambda run: run.row.get("started_at") or "")
         pending = [Run(row) for row in self._source.runs("pending", MOST)]
+        now = self._clock()
+        ended = [
+            Run(row)
+            for end in ENDS
+            for row in self._source.runs(end, MOST // len(ENDS), now - LATELY_S)
+        ]
+        ended.sort(key=lambda run: run.row.get("ended_at") or "", reverse=True)
         self._runs = {run.row["run_id"]: run for run in running}
         for run in running[:LOOKED_INTO]:
             if not run.looked_into or run.cursor < run.row.get("last_seq", 0):
@@ -233,7 +251,10 @@ class Top:
             if (known := self._runs.get(told["run_id"])) is not None:
                 known.silence_s = told.get("silence_s")
         slots = int(self._source.info().get("slots", 0))
-        return Snapshot(running=running, pending=pending, slots=slots, admin=live is not None)
+        running.sort(key=lambda run: not run.sleeping(now))
+        return Snapshot(
+            running=running, pending=pending, slots=slots, ended=ended, admin=live is not None
+        )
 
     def _known(self, row: Mapping[str, Any]) -> Run:
         run = self._runs.get(row["run_id"])
@@ -243,22 +264,12 @@ class Top:
         return run
 
 
-class Keys:
+class Keys(Held):
     """Keys that are pressed, one by one and unseen, as long as it is entered."""
 
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        super().__init__(keys=True)
         self._sleep = sleep
-        self._before: list[Any] | None = None
-
-    def __enter__(self) -> Self:
-        if sys.stdin is not None and sys.stdin.isatty():
-            self._before = termios.tcgetattr(sys.stdin)
-            tty.setcbreak(sys.stdin, termios.TCSADRAIN)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._before is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
 
     def within(self, seconds: float) -> str:
         """What is typed until then; as soon as something is."""
@@ -285,6 +296,10 @@ def watch(
     looked = clock()
     with keys, Live(picture, console=screen, screen=True, auto_refresh=False) as live:
         while True:
+            if keys.asked:
+                live.stop()
+                keys.stop()
+                live.start()
             live.refresh()
             if "q" in keys.within(FRAME_S).lower():
                 return
@@ -317,10 +332,10 @@ class _Picture:
         room = max(1, (options.height or console.height) - len(head) - 2)
         if len(rows) > room:
             hidden = len(rows) - room + 1
-            rows = [*rows[: room - 1], Text(f"… and {_count(hidden, 'line')} more", "dim")]
+            rows = [*rows[: room - 1], Text(f"… and {counted(hidden, 'line')} more", "dim")]
         rows += [Text()] * (room - len(rows))
         for text in [*head, Text(), *rows, Text("q quits", "dim")]:
-            yield _truncating(text)
+            yield truncating(text)
 
 
 def _head(seen: Snapshot, url: str, now: float) -> tuple[Text, Text]:
@@ -328,32 +343,38 @@ def _head(seen: Snapshot, url: str, now: float) -> tuple[Text, Text]:
     numbers = [
         f"{_many(seen.running)} running of {seen.slots} slots",
         f"{_many(seen.pending)} queued",
-        f"{_count(seen.nodes, 'node')} open",
+        f"{counted(seen.nodes, 'node')} open",
         f"{seen.sleeping(now)} waiting to retry",
+        *([f"nodes of {LOOKED_INTO} runs only"] if len(seen.running) > LOOKED_INTO else ()),
     ]
+    if lately := [f"{n} {end}" for end in ENDS if (n := seen.came_to(end))]:
+        numbers.append(f"in the last hour: {', '.join(lately)}")
     return title, Text(" · ".join(numbers))
 
 
 def rows_of(seen: Snapshot, now: float, width: int) -> Iterator[Text]:
-    """Runs with their open nodes, then those that wait for a slot."""
+    """Runs with their open nodes, what ended lately, then those that wait for a slot."""
     spinner = SPINNER[int(now / FRAME_S) % len(SPINNER)]
-    for run in [*seen.running, *seen.pending]:
+    for run in seen.running:
         yield from _run(run, now, width)
         for node in run.innermost():
             yield Text.assemble("  ", node.row(now, spinner))
     if not seen.running and not seen.pending:
         yield Text("no run goes on", "dim")
+    for run in [*seen.ended[:SHOWN], *seen.pending]:
+        yield from _run(run, now, width)
 
 
 def _run(run: Run, now: float, width: int) -> Iterator[Text]:
     row = run.row
-    pending = row["status"] == "pending"
-    mark, style = STATUSES.get(row["status"], ("·", ""))
-    since = seconds(row.get("created_at" if pending else "started_at"))
-    age = _took(now - since) if since is not None else ""
-    facts = [f"queued {age}" if pending else age]
+    status = row["status"]
+    mark, style = STATUSES.get(status, ("·", ""))
+    began = {"pending": "created_at", "running": "started_at"}.get(status, "ended_at")
+    since = seconds(row.get(began))
+    age = took(now - since) if since is not None else ""
+    facts = {"pending": [f"queued {age}"], "running": [age]}.get(status, [f"{status} {age} ago"])
     if run.silence_s is not None and run.silence_s >= 1:
-        facts.append(f"silent for {_took(run.silence_s)}")
+        facts.append(f"silent for {took(run.silence_s)}")
     if row["thread_id"] != row["run_id"]:
         facts.append(f"thread {clean(row['thread_id'])}")
     run_id, graph, told = clean(row["run_id"]), clean(row["graph"]), "  ".join(facts)

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from runtime.cli_view import STATUSES, _count, _took, clean
+from runtime.cli_view import STATUSES, clean, counted, took
 
 __all__ = ["waterfall"]
 
@@ -216,7 +216,7 @@ def _pause(earlier: _Span, until: int, depth: int, *, open: bool = False) -> Ite
     if earlier.end is None or not earlier.attributes.get("sereno.attempt.will_retry"):
         return
     planned = float(earlier.attributes.get("sereno.attempt.backoff_s") or 0)
-    text = f"┄ sleeps, {_took(planned)} planned" if open else "┄ sleep"
+    text = f"┄ sleeps, {took(planned)} planned" if open else "┄ sleep"
     label = Text.assemble("  " * depth, (text, "yellow"))
     yield _Row(label, earlier.end, until, "┄", "yellow", open=open)
 
@@ -236,13 +236,13 @@ def _title(shown: Sequence[_Span], first: int, last: int) -> Text:
         "sereno.attempt.number" not in s.attributes and s.name.startswith("node ") for s in shown
     )
     slept = sum(float(s.attributes.get("sereno.run.backoff_s") or 0) for s in segments)
-    numbers = [_took((last - first) / 1e9), _count(len(shown), "span"), _count(nodes, "node")]
+    numbers = [took((last - first) / 1e9), counted(len(shown), "span"), counted(nodes, "node")]
     numbers += [
-        _count(len(attempts), "attempt"),
+        counted(len(attempts), "attempt"),
         f"{retries} {'retry' if retries == 1 else 'retries'}",
     ]
     if slept:
-        numbers.append(f"{_took(slept)} of back-off")
+        numbers.append(f"{took(slept)} of back-off")
     name = latest.name if latest else "run"
     state = "running" if going_on else outcome or "unknown"
     return Text.assemble(
@@ -255,10 +255,12 @@ def _notes(
 ) -> Iterator[Text]:
     others = sum(span not in shown and not span.name.endswith("/trace") for span in spans)
     if others:
-        yield Text(f"  not shown: {_count(others, 'span')} of requests that read it later", "dim")
+        yield Text(f"  not shown: {counted(others, 'span')} of requests that read it later", "dim")
     left_out = sum(int(s.attributes.get("sereno.run.spans_suppressed") or 0) for s in shown)
     if left_out:
-        yield Text(f"  {_count(left_out, 'span')} over the budget of a run: not recorded", "yellow")
+        yield Text(
+            f"  {counted(left_out, 'span')} over the budget of a run: not recorded", "yellow"
+        )
     elif trace.get("complete") is False and all(span.end is not None for span in shown):
         yield Text(
             "  not all of it: another process saw the rest, or it had to make room", "yellow"
@@ -274,7 +276,7 @@ def _drawn(rows: Sequence[_Row], first: int, last: int, width: int) -> Iterator[
         label_width, bar_width = max(room, 1), 0
     whole = max(1, last - first)
     if bar_width:
-        right = _took(whole / 1e9)
+        right = took(whole / 1e9)
         scale = "0" + right.rjust(bar_width - 1)
         yield Text(" " * (width - bar_width) + scale, "dim", no_wrap=True, overflow="crop")
     for row in rows:
@@ -285,7 +287,7 @@ def _drawn(rows: Sequence[_Row], first: int, last: int, width: int) -> Iterator[
             yield line
             continue
         line.truncate(label_width, overflow="ellipsis", pad=True)
-        line.append(" " + _took((row.end - row.start) / 1e9).rjust(_DURATION) + " ", "dim")
+        line.append(" " + took((row.end - row.start) / 1e9).rjust(_DURATION) + " ", "dim")
         if bar_width:
             begin = min(bar_width - 1, (row.start - first) * bar_width // whole)
             end = -(-(row.end - first) * bar_width // whole)

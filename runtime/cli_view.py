@@ -6,19 +6,26 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import typer
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
+from runtime.cli_screen import SPINNER, Held
+
 __all__ = [
+    "STATUSES",
     "Entered",
     "Line",
     "Plain",
@@ -26,14 +33,17 @@ __all__ = [
     "View",
     "clean",
     "compact",
+    "counted",
     "due",
     "graphs_table",
+    "on_one_line",
     "runs_table",
     "seconds",
+    "took",
+    "truncating",
     "when",
 ]
 
-SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 #: Columns of a list of runs, and the width from which all of them are wanted.
 COLUMNS = ("run", "graph", "thread", "status", "age", "took", "lines")
 WIDE = 100
@@ -56,7 +66,7 @@ STATUSES: Mapping[str, tuple[str, str]] = {
 #: What could move the cursor, colour the terminal or reorder its text: it comes from models.
 _UNPRINTABLE = dict.fromkeys(
     {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
-)
+) | {ord("\t"): "    "}
 
 
 class Line(NamedTuple):
@@ -141,7 +151,7 @@ class Entered:
                 (f"↻ {self.name}  {again}", "yellow"),
                 (f"  {self.cause}" if self.cause else "", "dim"),
             )
-        text = Text.assemble((spinner, "cyan"), f" {self.name}  ", (_took(now - self.since), "dim"))
+        text = Text.assemble((spinner, "cyan"), f" {self.name}  ", (took(now - self.since), "dim"))
         if self.attempt > 1:
             of = f" of {self.of}" if self.of else ""
             text.append(f"  attempt {self.attempt}{of}", "dim")
@@ -206,6 +216,13 @@ class _Visit(Entered):
             yield from visit.below()
 
 
+class _Printed(NamedTuple):
+    """Something above what is redrawn: how it is made, and the cells of each of its rows."""
+
+    texts: Callable[[], Iterable[Text]]
+    rows: list[int]
+
+
 class RunView:
     """A run on a terminal, as a tree of its nodes.
 
@@ -223,10 +240,12 @@ class RunView:
         self._clock = clock
         #: Makes the command lines that the summary names.
         self._command = command
-        self._live = Live(
-            self, console=console, auto_refresh=False, transient=True, vertical_overflow="crop"
-        )
         self._redraws = console.is_interactive
+        self._width = console.width
+        self._held = Held()
+        #: What was printed last, and the cells of each row that stands below.
+        self._printed_last: deque[_Printed] = deque(maxlen=100)
+        self._rows: list[int] = []
         #: Always taken before Live's own: redrawing never sees half of a line's effect.
         self._lock = threading.RLock()
         self._left = threading.Event()
@@ -238,7 +257,9 @@ class RunView:
         self._waiting: str | None = "waiting for the first line"
 
     def __enter__(self) -> Self:
-        self._live.start()
+        if self._redraws:
+            self._held.__enter__()
+        self._begin()
         if self._redraws:
             self._redrawing.start()
         return self
@@ -249,12 +270,58 @@ class RunView:
             self._redrawing.join()
         self._waiting = None
         self._settle(all=True)
-        self._live.stop()
+        self._erase()
+        self._held.__exit__()
+
+    def _begin(self) -> None:
+        self._width = self._console.width
+        self._rows = []
+        self._live = Live(
+            self,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            vertical_overflow="crop",
+        )
+        self._live.start()
 
     def _redraw(self) -> None:
         while not self._left.wait(FRAME_S):
             with self._lock:
+                if self._held.asked:
+                    self._erase()
+                    self._held.stop()
+                    self._printed_last.clear()  # who knows what stands above now
+                    self._begin()
+                self._fit()
                 self._live.refresh()
+
+    def _fit(self) -> None:
+        """Draw anew what stands on a terminal that became narrower, and broke its rows there."""
+        width, height = self._console.size
+        if not self._redraws or width >= self._width:
+            return
+        up = _broken(self._rows, width)
+        room, again = height - up, list[_Printed]()
+        up -= len(self._rows)  # which go with the picture
+        while self._printed_last:
+            rows = _broken(self._printed_last[-1].rows, width)
+            if rows > room:  # it is scrolled out of reach
+                break
+            room, up = room - rows, up + rows
+            again.append(self._printed_last.pop())
+        self._erase()
+        erasing = ((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)) * up
+        self._console.control(Control(ControlType.CARRIAGE_RETURN, *erasing))
+        self._printed_last.clear()
+        self._begin()
+        for printed in reversed(again):
+            self._tell(printed.texts)
+
+    def _erase(self) -> None:
+        """Take the picture away, without a last one that could scroll what is above."""
+        self._live.update(Text())
+        self._live.stop()
 
     def note(self, text: str) -> None:
         with self._lock:
@@ -276,7 +343,7 @@ class RunView:
             case "run.recovered":
                 lost = data.get("lost") or ()
                 self._recovered({task["task"] for task in lost}, data.get("discard_from") or 0)
-                again = f"; {_count(len(lost), 'task')} again" if lost else ""
+                again = f"; {counted(len(lost), 'task')} again" if lost else ""
                 reason = data.get("reason") or "restart"
                 self._waiting = "running"
                 self.note(f"recovered after a {reason}, epoch {said['epoch']}{again}")
@@ -322,7 +389,7 @@ class RunView:
         task, path = said.get("task", ""), said.get("path") or ()
         if (known := self._visits.get(task)) is not None:
             return known
-        names = [clean(name) for name in [*(said.get("ns") or ()), said.get("node") or ""]]
+        names = [on_one_line(name) for name in [*(said.get("ns") or ()), said.get("node") or ""]]
         around, label = self._root, "/".join(names)
         for depth in range(len(path), 0, -1):
             if (outer := self._visits.get(path[depth - 1])) is not None:
@@ -425,7 +492,8 @@ class RunView:
         for visit in over:
             for gone in [visit, *visit.below()]:
                 self._visits.pop(gone.task, None)
-        self._print(*(text for visit in over for text in self._printed(visit, 0)))
+        for visit in over:
+            self._tell(partial(self._printed, visit, 0))
 
     def _printed(self, visit: _Visit, depth: int) -> Iterator[Text]:
         indent = "  " * min(depth, DEEPEST)
@@ -450,45 +518,63 @@ class RunView:
             yield from [line.plain.rstrip() for line in wrapped] or [""]
 
     def _print(self, *texts: Text) -> None:
-        if texts:
-            self._console.print(*texts, sep="\n", highlight=False)
+        self._tell(lambda: texts)
+
+    def _tell(self, texts: Callable[[], Iterable[Text]]) -> None:
+        self._fit()
+        if not (told := Group(*texts())).renderables:
+            return
+        self._console.print(told, highlight=False)
+        if self._redraws:
+            rows = map(Segment.get_line_length, self._console.render_lines(told, pad=False))
+            self._printed_last.append(_Printed(texts, [*rows]))
+
+    def _asked(self, value: Any) -> Iterator[Text]:
+        yield Text("  asks", "yellow")
+        for told in _told(value):
+            yield from (_barred("  ", text, "") for text in self._wrapped(told, 4))
 
     def _end(self, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-        for text in _summary(data):
-            self._print(text)
+        self._print(*_summary(data))
         for interrupt in data.get("interrupts") or ():
-            self._print(Text("  asks", "yellow"))
-            for told in _told(interrupt.get("value")):
-                self._print(*(_barred("  ", text, "") for text in self._wrapped(told, 4)))
+            self._tell(partial(self._asked, interrupt.get("value")))
         if data.get("output") is not None:
-            self._print(Text(f"  output: {compact(data['output'], 2000)}"))
+            self._print(Text(f"  output: {compact(data['output'])}"))
         if said.get("trace_id"):
-            self._print(Text(f"  trace {clean(said['trace_id'])}", "dim"))
+            self._copied(f"  trace {clean(said['trace_id'])}")
         if self._command is not None:
-            # Never broken by us: it is there to be copied.
-            command = self._command("trace", said["run_id"]).strip("`")
-            self._console.print(Text(f"  {command}", "dim"), soft_wrap=True, highlight=False)
+            self._copied(f"  {self._command('trace', said['run_id']).strip('`')}")
+
+    def _copied(self, text: str) -> None:
+        """Print what is there to be copied: never broken by us."""
+        self._console.print(Text(text, "dim"), soft_wrap=True, highlight=False)
 
     # Redrawing: what goes on.
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        width, height = options.size
+        drawn = [truncating(text) for text in self._drawn(console)][:height]
+        self._rows = [min(text.cell_len, width) for text in drawn]
+        yield from drawn
+
+    def _drawn(self, console: Console) -> Iterator[Text]:
         now = self._clock()
         spinner = SPINNER[int(now / FRAME_S) % len(SPINNER)]
-        room = max(3, console.height - 2)
+        room = max(1, console.height - 2)
         rows = list(_preorder(self._root, 0))
         if len(rows) > room:
             rows = [(visit, depth) for visit, depth in rows if visit.ended is None]
         speaking = sum(1 for visit, _ in rows if visit.open and _latest(visit))
         share = (room - min(len(rows), room)) // max(1, speaking)
         for visit, depth in rows if len(rows) <= room else rows[: room - 1]:
-            yield _truncating(Text.assemble("  " * depth, _row(visit, now, spinner)))
+            yield Text.assemble("  " * depth, _row(visit, now, spinner))
             latest = _latest(visit) if visit.open else None
             if latest is not None and share:
                 indent = "  " * (depth + 1)
                 # As much as can be shown; wrapping a whole book ten times a second would be slow.
                 tail = latest.text[-share * console.width :]
                 for text in [*self._wrapped(tail, len(indent) + 2)][-share:]:
-                    yield _truncating(_barred(indent, text, latest.style))
+                    yield _barred(indent, text, latest.style)
         if len(rows) > room:
             yield Text(f"… and {len(rows) - room + 1} more", "dim")
         if self._waiting is not None and not any(visit.open for visit, _ in rows):
@@ -554,10 +640,10 @@ def _cell(run: Mapping[str, Any], column: str, now: float) -> Text:
             mark, style = STATUSES.get(run["status"], ("·", ""))
             return Text(f"{mark} {run['status']}", style)
         case "age":
-            return Text(_took(now - created) if created is not None else "")
+            return Text(took(now - created) if created is not None else "")
         case "took":
             until = ended if ended is not None else now
-            return Text(_took(until - started) if started is not None else "")
+            return Text(took(until - started) if started is not None else "")
         case _:
             return Text(str(run.get("last_seq", "")))
 
@@ -584,10 +670,20 @@ def clean(text: str) -> str:
     return str(text).translate(_UNPRINTABLE)
 
 
+def on_one_line(text: str) -> str:
+    """A name of somebody's choice."""
+    return " ".join(clean(text).split())
+
+
 def compact(value: Any, most: int = 400) -> str:
     """A value as JSON on one line, cut when long."""
     text = clean(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _broken(rows: Iterable[int], width: int) -> int:
+    """How many rows a terminal makes of rows that became too long for it."""
+    return sum(max(1, -(-cells // width)) for cells in rows)
 
 
 def _preorder(visit: _Visit, depth: int) -> Iterator[tuple[_Visit, int]]:
@@ -625,41 +721,43 @@ def _next_attempt(attempt: int, of: int | None, left: float) -> str:
 
 
 def _retry(attempt: int, data: Mapping[str, Any]) -> str:
-    pause = _took(float(data.get("retry_in_ms") or 0) / 1000)
+    pause = took(float(data.get("retry_in_ms") or 0) / 1000)
     return f"attempt {attempt} failed: {_cause(data)}; again in {pause}"
 
 
 def _node_end(kind: str, visit: _Visit, data: Mapping[str, Any]) -> Text:
-    took = _took(float(data.get("duration_ms") or 0) / 1000)
+    lasted = took(float(data.get("duration_ms") or 0) / 1000)
     attempts = data.get("attempts") or 0
     tries = f" · {attempts} attempts" if attempts > 1 else ""
     name = visit.name
     match kind:
         case "node.completed":
-            how = "cached" if data.get("cached") else "recovered" if data.get("recovered") else took
+            how = (
+                "cached" if data.get("cached") else "recovered" if data.get("recovered") else lasted
+            )
             return Text.assemble(("✓", "green"), f" {name}  ", (how + tries, "dim"))
         case "node.failed":
-            return Text.assemble(("✗", "red"), f" {name}  {_cause(data)} ", (took + tries, "dim"))
+            return Text.assemble(("✗", "red"), f" {name}  {_cause(data)} ", (lasted + tries, "dim"))
         case "node.interrupted":
             return Text.assemble(("?", "yellow"), f" {name}  waits for an answer")
         case _:
-            return Text.assemble(("■", "yellow"), f" {name}  cancelled ", (took + tries, "dim"))
+            return Text.assemble(("■", "yellow"), f" {name}  cancelled ", (lasted + tries, "dim"))
 
 
 def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
     mark, style = STATUSES.get(data["status"], ("·", ""))
     numbers = [
-        _count(data[name], name.removesuffix("s"))
+        counted(data[name], name.removesuffix("s"))
         for name in ("nodes", "attempts")
         if data.get(name)
     ]
     retries = data.get("retries") or 0
     numbers.append("1 retry" if retries == 1 else f"{retries} retries")
     if data.get("backoff_ms"):
-        numbers.append(f"{_took(data['backoff_ms'] / 1000)} of back-off")
+        numbers.append(f"{took(data['backoff_ms'] / 1000)} of back-off")
     if tokens := data.get("tokens"):
         numbers.append(" / ".join(f"{count} {kind}" for kind, count in tokens.items()) + " tokens")
-    after = f" after {_took(data['duration_ms'] / 1000)}" if data.get("duration_ms") else ""
+    after = f" after {took(data['duration_ms'] / 1000)}" if data.get("duration_ms") else ""
     yield Text.assemble(
         (f"{mark} {data['status']}", f"bold {style}"), (f"{after} · {' · '.join(numbers)}", "dim")
     )
@@ -699,12 +797,12 @@ def _barred(indent: str, text: str, style: str) -> Text:
     return Text.assemble((f"{indent}│ ", "dim"), (text, style))
 
 
-def _truncating(text: Text) -> Text:
+def truncating(text: Text) -> Text:
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -712,7 +810,7 @@ def seconds(stamp: str | None) -> float | None:
     return datetime.fromisoformat(stamp).timestamp() if stamp else None
 
 
-def _took(seconds: float) -> str:
+def took(seconds: float) -> str:
     seconds = max(0.0, seconds)
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"

@@ -19,6 +19,7 @@ ROWS: list[list[str]] = [
         "runtime.cli_view",
         "runtime.cli_trace",
         "runtime.cli_top",
+        "runtime.cli_screen",
         "runtime.monitoring",
     ],
     ["runtime.app"],
@@ -43,6 +44,7 @@ SAME = {
     "runtime.cli_view": "runtime.cli",
     "runtime.cli_trace": "runtime.cli",
     "runtime.cli_top": "runtime.cli",
+    "runtime.cli_screen": "runtime.cli",
     "runtime.monitoring": "runtime.cli",
     "runtime.projects": "runtime.graphs",
 }

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ def test_a_server_that_stays_away_is_given_up() -> None:
 
     result = sereno(server, "run", "agent", "--input", "{}")
 
-    assert result.code == 2
+    assert result.code == 5
     assert server.slept == list(BACKOFF_S)
     assert f"watch it: `sereno tail {RUN} --after 4`" in result.stderr
 
@@ -261,7 +262,7 @@ def test_bookmarks_alone_do_not_keep_a_dying_server_watched() -> None:
 
     result = sereno(server, "run", "agent", "--input", "{}")
 
-    assert result.code == 2
+    assert result.code == 5
     assert server.slept == list(BACKOFF_S)
 
 
@@ -301,25 +302,65 @@ def test_the_exit_code_tells_how_the_run_ended(
     [
         pytest.param(
             [{"id": "i1", "value": "ok?"}],
-            f"curl -X POST {URL}/v1/threads/t-1/resume -H 'Content-Type: application/json' "
-            """-d '{"resume": "…"}'""",
+            "the run waits for an answer; give it: `sereno answer t-1 '…'`",
             id="one",
         ),
         pytest.param(
             [{"id": "i1", "value": 1}, {"id": "i2", "value": 2}],
-            """-d '{"resume": {"i1": "…", "i2": "…"}}'""",
+            """2 answers; give them: `sereno answer t-1 '{"i1": "…", "i2": "…"}'`""",
             id="two",
         ),
         pytest.param([], "`sereno run agent --thread t-1 --input null`", id="breakpoint"),
     ],
 )
 def test_an_interrupted_run_says_how_to_answer(interrupts: list[Any], how: str) -> None:
+    first = line(1, "run.queued", {"graph": "agent"}, thread_id=THREAD)
     last = end(2, "run.interrupted", "interrupted", interrupts=interrupts, next=["ask"])
 
-    result = sereno(Server(stream([LINES[0], last])), "run", "agent", "--input", "{}")
+    result = sereno(Server(stream([first, last])), "tail", RUN)
 
     assert result.code == 3
     assert how in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        pytest.param(["yes, do"], "yes, do", id="text"),
+        pytest.param(["true"], True, id="json"),
+        pytest.param(['{"i1": "a", "i2": 2}'], {"i1": "a", "i2": 2}, id="several"),
+        pytest.param(["--text", "5"], "5", id="text-that-looks-like-json"),
+        pytest.param(["NaN"], "NaN", id="no-number-of-json"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        pytest.param(RUN, httpx2.Response(200, json={"thread_id": THREAD}), id="by-run"),
+        pytest.param(THREAD, httpx2.Response(404, json={}), id="by-thread"),
+    ],
+)
+def test_an_answer_goes_to_the_thread_and_its_run_is_watched(
+    given: list[str], sent: Any, asked: str, known: httpx2.Response
+) -> None:
+    server = Server(known, stream(LINES))
+
+    result = sereno(server, "answer", asked, *given)
+
+    assert result.code == 0
+    assert result.stdout == told(LINES)
+    assert server.paths == [f"/v1/runs/{asked}", f"/v1/threads/{THREAD}/resume"]
+    assert server.body == {"resume": sent}
+
+
+def test_an_answer_that_is_half_json_is_not_taken_for_text() -> None:
+    server = Server(stream(LINES))
+
+    result = sereno(server, "answer", THREAD, '{"approved": tru')
+
+    assert result.code == 2
+    assert "VALUE: not JSON at line 1 column" in result.stderr
+    assert server.requests == []
 
 
 def test_ctrl_c_stops_the_watching_and_says_how_to_go_on() -> None:
@@ -360,7 +401,7 @@ def test_a_run_is_not_started_twice_when_the_answer_is_lost() -> None:
 
     result = sereno(server, "run", "agent", "--input", "{}")
 
-    assert result.code == 2
+    assert result.code == 5
     assert len(server.requests) == 1
     assert "the run may have started: `sereno ps`" in result.stderr
 
@@ -490,7 +531,7 @@ def test_tail_at_the_end_says_so_and_exits_as_the_run_did(status: str, code: int
     [
         pytest.param(
             problem(404, "run_not_found", "run 'x' not found"),
-            "run_not_found: run 'x' not found; try",
+            "run_not_found: run 'x' not found; `sereno ps` lists runs",
             id="404",
         ),
         pytest.param(
@@ -528,7 +569,7 @@ def test_tail_at_the_end_says_so_and_exits_as_the_run_did(status: str, code: int
 def test_a_refusal_is_one_line(answer: httpx2.Response, says: str) -> None:
     result = sereno(Server(answer), "tail", RUN)
 
-    assert result.code == 2
+    assert result.code == (5 if "is it Sereno?" in says else 4)
     assert result.stdout == b""
     assert result.stderr.startswith(f"sereno: {says}")
     assert result.stderr.count("\n") == 1
@@ -539,7 +580,7 @@ def test_a_refusal_after_a_cut_ends_the_watching() -> None:
 
     result = sereno(Server(stream(LINES[:2]), gone), "tail", RUN)
 
-    assert result.code == 2
+    assert result.code == 4
     assert result.stdout == told(LINES[:2])
     assert "run_not_found" in result.stderr
 
@@ -551,7 +592,7 @@ def test_a_refusal_after_a_cut_ends_the_watching() -> None:
 def test_without_a_server_it_says_how_to_start_one(args: tuple[str, ...]) -> None:
     result = sereno(Server(httpx2.ConnectError("[Errno 111] Connection refused")), *args)
 
-    assert result.code == 2
+    assert result.code == 5
     assert result.stderr == f"sereno: no server at {URL}; start one with `sereno serve`\n"
 
 
@@ -580,6 +621,10 @@ def run_row(number: int, **more: Any) -> dict[str, Any]:
         "ended_at": None,
         "last_seq": 7,
     } | more
+
+
+def stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 def test_ps_lists_runs_over_pages_as_ndjson() -> None:
@@ -717,7 +762,7 @@ def test_graphs_are_listed() -> None:
 def test_another_server_is_recognised(args: tuple[str, ...], answer: Any) -> None:
     result = sereno(Server(httpx2.Response(200, **answer)), *args)
 
-    assert result.code == 2
+    assert result.code == 5
     assert "is it Sereno?" in result.stderr
 
 
@@ -751,12 +796,19 @@ class Busy:
         self.lives = list(lives)
         self.running = [run_row(1, last_seq=9)] if running is None else running
         self.paths: list[str] = []
+        #: Numbers of the runs that ended lately, by how.
+        self.ends: dict[str, list[int]] = {"error": [], "timeout": [], "interrupted": []}
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         path = str(request.url).removeprefix(URL)
         self.paths.append(path)
         if path.startswith("/v1/runs?status=running"):
             return httpx2.Response(200, json={"runs": self.running, "next_cursor": None})
+        if "&updated_after=" in path:
+            assert "updated_after=2027-01-15T07%3A00" in path
+            name, took = path.partition("status=")[2].partition("&")[0], NOW - 60
+            ended = [run_row(n, status=name, ended_at=stamp(took + n)) for n in self.ends[name]]
+            return httpx2.Response(200, json={"runs": ended, "next_cursor": None})
         if path.startswith("/v1/runs?status=pending"):
             waits = run_row(2, status="pending", started_at=None)
             return httpx2.Response(200, json={"runs": [waits], "next_cursor": None})
@@ -782,6 +834,7 @@ def test_top_as_json_tells_of_the_server_and_its_runs_once() -> None:
         "slots": 4,
         "nodes": 3,
         "sleeping": 1,
+        "last_hour": {"error": 0, "timeout": 0, "interrupted": 0},
         "complete": True,
     }
     assert (running["type"], running["run_id"], running["age_s"]) == ("run", "01RUN1", 90.0)
@@ -837,6 +890,37 @@ def test_top_reads_only_what_is_new() -> None:
     assert "look/deep" not in last
 
 
+def test_top_tells_what_ended_badly_in_the_last_hour_and_what_waits_to_be_answered() -> None:
+    busy = Busy(LIFE)
+    busy.ends = {"error": [7, 3], "timeout": [], "interrupted": [5]}
+
+    result = sereno(Server(busy), "top", "--json")
+    rows = [json.loads(row) for row in result.stdout.splitlines()]
+
+    assert rows[0]["last_hour"] == {"error": 2, "timeout": 0, "interrupted": 1}
+    assert [row["run_id"] for row in rows[1:]] == [f"01RUN{n}" for n in (1, 2, 7, 5, 3)]
+
+    seen = Snapshot(running=[], pending=[], slots=4, ended=[Run(row) for row in rows[3:]])
+    assert [text.plain for text in rows_of(seen, NOW, 80)] == [
+        "no run goes on",
+        "✗ 01RUN7 agent  error 53.0 s ago  thread t-1",
+        "? 01RUN5 agent  interrupted 55.0 s ago  thread t-1",
+        "✗ 01RUN3 agent  error 57.0 s ago  thread t-1",
+    ]
+
+
+def test_top_puts_first_what_waits_to_retry_and_then_what_is_oldest() -> None:
+    still = [bookmark("caught_up", 1)]
+    running = [run_row(n, started_at=stamp(NOW - n), last_seq=9) for n in (1, 2, 3)]
+    # They are looked into from the oldest on.
+    busy = Busy(still, LIFE, still, running=running)
+
+    result = sereno(Server(busy), "top", "--json")
+
+    rows = [json.loads(row) for row in result.stdout.splitlines()]
+    assert [row["run_id"] for row in rows[1:4]] == ["01RUN2", "01RUN3", "01RUN1"]
+
+
 def test_top_goes_on_when_the_server_is_away() -> None:
     busy = Busy(LIFE)
     console, shown = terminal()
@@ -862,7 +946,7 @@ def test_top_without_a_server_says_how_to_start_one() -> None:
 
     result = sereno(Server(httpx2.ConnectError("refused")), "top", console=console)
 
-    assert result.code == 2
+    assert result.code == 5
     assert result.stderr == f"sereno: no server at {URL}; start one with `sereno serve`\n"
 
 
@@ -973,7 +1057,7 @@ def test_a_cut_is_shown_on_a_terminal() -> None:
 
     sereno(server, "tail", RUN, console=console)
 
-    assert "! the connection was cut (reset) after line 4; reconnecting in 0.2 s" in shown()
+    assert "! the connection was cut after line 4; reconnecting in 0.2 s" in shown()
 
 
 def test_a_waiting_retry_counts_down() -> None:

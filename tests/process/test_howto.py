@@ -45,6 +45,8 @@ PRINTS = {
         '"type":"run.interrupted"',
         '"success"',
         "no interrupt is pending on this thread",
+        '"interrupted"',
+        '"run.completed"',
     ],
     "retry-standard": ['"attempt":1,"error_class":"connection"', '"attempt":2'],
     "serve-your-own-graph": ['"name"', "Hello, Eva!", '"type":"snapshot"', '"type":"final"'],

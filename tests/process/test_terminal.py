@@ -12,6 +12,7 @@ import struct
 import subprocess
 import termios
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ class Terminal:
         self._ours, theirs = os.openpty()
         self.resize(width)
         variables = environment(**{"TERM": "xterm-256color", "SERENO_URL": server.url, **env})
-        for name in ("COLUMNS", "LINES", *({"NO_COLOR"} - set(env))):
+        for name in {"COLUMNS", "LINES", "NO_COLOR"} - set(env):
             variables.pop(name, None)
         self._process = subprocess.Popen(
             [str(SERENO), *args],
@@ -78,6 +79,18 @@ class Terminal:
 
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def is_stopped(self) -> None:
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        until(lambda: stat.read_text().rpartition(") ")[2][0] == "T", "it is stopped")
+
+    @property
+    def typed(self) -> int:
+        """How many bytes wait to be read."""
+        return struct.unpack("i", fcntl.ioctl(self._theirs, termios.FIONREAD, bytes(4)))[0]
 
     @property
     def modes(self) -> int:
@@ -194,8 +207,81 @@ def test_an_interrupt_comes_with_the_command_that_answers(server: Server) -> Non
 
     assert "? ask  waits for an answer" in terminal.screen
     assert "  │ question: 1" in terminal.screen
-    (curl,) = [line for line in terminal.screen if "curl -X POST" in line]
-    assert f"{server.url}/v1/threads/t/resume" in curl  # in one piece, to be copied
+    (told,) = [line for line in terminal.screen if "waits for an answer; give it" in line]
+    assert f"`sereno answer t '…' --url {server.url}`" in told  # in one piece, to be copied
+    with Terminal(server, "answer", "t", '{"ok": true}') as terminal:
+        terminal.end()
+
+    assert f"▶ run {server.run_on('t')} · thread t" in terminal.screen
+    assert any(line.startswith(("✓ ask", "? ask")) for line in terminal.screen)
+
+
+def test_a_server_that_dies_and_comes_back_is_told_of_and_nothing_is_shown_twice(
+    server: Server,
+) -> None:
+    server.hold("t", "b")
+    with run(server, "chain", "t") as terminal:
+        terminal.shows(r"^✓ a  ")
+        terminal.shows(r"^\S b  ")
+        port = server.url.rpartition(":")[2]
+        server.kill()
+        terminal.shows(r"^! the connection .* after line \d+; reconnecting in ")
+        server.start("--port", port)
+        terminal.shows(r"^! recovered after a crash, epoch 2")
+        server.release("t", "b")
+
+        assert terminal.end() == 0
+
+    names = [line[:3] for line in terminal.screen if line[:2] == "✓ "]
+    assert names == ["✓ a", "✓ b", "✓ c", "✓ s"]
+    assert "".join(terminal.screen).count("first words of the chain") == 1
+
+
+def test_ctrl_z_leaves_the_terminal_to_the_shell_until_it_is_given_back(server: Server) -> None:
+    server.hold("t", "a")
+    with run(server, "chain", "t") as terminal:
+        terminal.shows("│ first words of the chain")
+        terminal.type("\x1a")
+        terminal.is_stopped()
+        assert terminal.modes == terminal.modes_before
+        assert terminal.raw.rindex("\x1b[?25h") > terminal.raw.rindex("\x1b[?25l")
+        assert not any("first words" in line for line in terminal.screen)
+        server.release("t", "a")
+        terminal.signal(signal.SIGCONT)
+
+        assert terminal.end() == 0
+
+    assert "".join(terminal.screen).count("first words of the chain") == 1
+
+
+def test_what_is_typed_does_not_break_the_tree(server: Server) -> None:
+    server.hold("t", "a")
+    with run(server, "chain", "t") as terminal:
+        terminal.shows("│ first words of the chain")
+        terminal.type("typed\r\r")
+        until(lambda: terminal.typed >= len("typed\r"), "the kernel has it")
+        server.release("t", "a")
+
+        assert terminal.end() == 0
+
+    assert "typed" not in terminal.raw
+
+
+@pytest.mark.parametrize("command", ["run", "top"])
+def test_a_command_that_is_told_to_end_leaves_the_terminal_as_it_was(
+    server: Server, command: str
+) -> None:
+    server.hold("t", "a")
+    args = ("chain", "--thread", "t", "--input", "{}") if command == "run" else ()
+    with Terminal(server, command, *args) as terminal:
+        terminal.shows(r"^\S a  |^no run goes on")
+        until(lambda: not terminal.modes & termios.ECHO, "it has the keyboard")
+        terminal.signal(signal.SIGTERM)
+        until(lambda: terminal.modes == terminal.modes_before, "the terminal is as it was")
+
+        assert terminal.end() == 143
+
+    assert terminal.raw.count("\x1b[?25l") == terminal.raw.count("\x1b[?25h")
 
 
 def test_what_is_drawn_after_a_resize_fits(server: Server) -> None:
@@ -212,6 +298,27 @@ def test_what_is_drawn_after_a_resize_fits(server: Server) -> None:
     after = drawn(terminal.raw[before:])
     summary = next(i for i, line in enumerate(after) if line.startswith("✓ success"))
     assert all(len(line) <= 20 for line in after[: summary + 1])
+
+
+@pytest.mark.parametrize("columns", ["200", "30"])
+def test_columns_of_the_environment_are_not_believed_beyond_what_there_is(
+    server: Server, columns: str
+) -> None:
+    with run(server, "chain", "t", width=40, COLUMNS=columns) as terminal:
+        assert terminal.end() == 0
+
+    summary = next(i for i, line in enumerate(terminal.screen) if line.startswith("✓ success"))
+    widths = [len(line) for line in terminal.screen[: summary + 1]]
+    assert max(widths) <= min(40, int(columns))
+
+
+def test_a_terminal_without_our_letters_gets_others(server: Server) -> None:
+    with run(server, "chain", "t", PYTHONIOENCODING="ascii") as terminal:
+        assert terminal.end() == 0
+
+    assert terminal.raw.isascii()
+    assert any(line.startswith("+ success after ") for line in terminal.screen)
+    assert "  | first words of the chain" in terminal.screen
 
 
 @pytest.mark.parametrize(
@@ -241,6 +348,26 @@ def test_a_pipe_gets_lines_and_nothing_else(server: Server) -> None:
 
     assert done.stderr == b""
     assert all(json.loads(line)["v"] == 1 for line in done.stdout.splitlines())
+
+
+def test_a_pipe_that_nobody_reads_ends_it_quietly_and_not_the_run(server: Server) -> None:
+    server.hold("t", "a")
+    given = [str(SERENO), "run", "chain", "--thread", "t", "--input", "{}", "--url", server.url]
+    with subprocess.Popen(
+        given, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert json.loads(process.stdout.readline())["type"] == "run.queued"
+        process.stdout.close()
+        server.release("t", "a")
+
+        assert process.wait(PATIENCE) == 141
+        assert process.stderr.read() == b""
+
+    run_id = server.run_on("t")
+    assert run_id is not None
+    server.wait_line(run_id, "run.completed")
 
 
 @pytest.mark.parametrize("key", [pytest.param("q", id="q"), pytest.param("\x03", id="ctrl-c")])
