@@ -481,7 +481,11 @@ class ThreadState(BaseModel):
     values: Any
     next: Annotated[list[str], Field(description="The nodes that come next.")]
     interrupts: Annotated[
-        list[dict[str, Any]], Field(description="What it waits for: `id` and `value` of each.")
+        list[dict[str, Any]],
+        Field(
+            description="What it waits for: `id` and `value` of each, and `response_schema`, a "
+            "JSON Schema of the answer, when the graph gave one."
+        ),
     ]
     checkpoint_id: str | None
     created_at: str | None

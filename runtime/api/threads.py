@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Path, Request, Response
+from langgraph.types import Interrupt
 
 from runtime.api.dependencies import ServicesDep
 from runtime.api.problems import (
@@ -59,12 +60,20 @@ async def state(thread_id: ThreadId, services: ServicesDep) -> Response:
         "graph": run.graph,
         "values": snapshot.values,
         "next": list(snapshot.next),
-        "interrupts": [{"id": i.id, "value": i.value} for i in snapshot.interrupts],
+        "interrupts": [_interrupt(interrupt) for interrupt in snapshot.interrupts],
         "checkpoint_id": snapshot.config["configurable"].get("checkpoint_id"),
         "created_at": snapshot.created_at,
         "active_run": run.run_id if run.terminal is None else None,
     }
     return Response(services.ndjson.unstored(body), media_type="application/json")
+
+
+def _interrupt(interrupt: Interrupt[Any]) -> dict[str, Any]:
+    """One question, with the schema of its answer when it has one."""
+    told = {"id": interrupt.id, "value": interrupt.value}
+    if interrupt.response_schema is not None:
+        told["response_schema"] = interrupt.response_schema
+    return told
 
 
 @router.post(

@@ -92,7 +92,8 @@ export function copyButton(label, text) {
   return button;
 }
 
-async function copy(text) {
+/** Whether it could be copied. */
+export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;

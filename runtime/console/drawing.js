@@ -1,108 +1,248 @@
-// The graph's drawing: nodes that light up as the run goes through them.
+// The graph's drawing: nodes that light up as the run goes through them, subgraphs as frames around theirs.
 
-import { GLYPHS, duration, s, say, set } from "./dom.js";
-import { layout, path } from "./layout.js";
+import { GLYPHS, announce, duration, h, s, say, set } from "./dom.js";
+import { depthOf, grow, layout, path } from "./layout.js";
 import { stateOf } from "./run.js";
 
 const PAD = 14;
+/** How wide a letter is in a name, and in the note below it. */
+const LABEL = 7.4;
+const NOTE = 6.2;
+/** A drawing is shrunk to this at most; what is wider then is scrolled. */
+const SMALLEST = 0.74;
+/** Subgraphs are open at first when the whole is not higher than this. */
+const HIGHEST = 440;
 
 export class Drawing {
   /** `onPick` gets the path of a node that was chosen, or null when it is let go. */
   constructor(shape, graph, onPick) {
-    const nodes = shape?.nodes ?? graph.nodes.map((id) => ({ id, label: id }));
-    const plan = layout(nodes, shape?.edges ?? []);
+    this._graph = graph;
+    this._root = grow(shape?.nodes ?? graph.nodes.map((id) => ({ id, label: id })));
+    this._edges = shape?.edges ?? [];
     this._onPick = onPick;
     this._picked = null;
+    this._run = null;
+    this._last = null;
+    this._room = null;
+    /** What somebody folded or unfolded by hand, by path. */
+    this._chosen = new Map();
+    this._depth = depthOf(this._root);
     this._nodes = new Map();
-    const width = plan.width + 2 * PAD;
-    const height = plan.height + 2 * PAD;
-    this.element = s("svg", {
+    this.element = h("div", { class: "canvas" });
+    this._draw();
+    new ResizeObserver(([{ contentRect }]) => requestAnimationFrame(() => this._fit(contentRect.width)))
+      .observe(this.element);
+  }
+
+  /** As many levels of subgraphs are open as there is room for. */
+  _fit(room) {
+    if (!room || room === this._room) return;
+    this._room = room;
+    const before = this._depth;
+    this._depth = depthOf(this._root);
+    while (this._depth > 0) {
+      const { width, height } = this._plan();
+      if ((width + 2 * PAD) * SMALLEST <= room && height <= HIGHEST) break;
+      this._depth -= 1;
+    }
+    if (this._depth !== before) this._draw();
+  }
+
+  _isOpen(node) {
+    return this._chosen.get(node.key) ?? node.key.split("/").length <= this._depth;
+  }
+
+  _plan() {
+    return layout(this._root, this._edges, (node) => this._isOpen(node));
+  }
+
+  _draw() {
+    const plan = this._plan();
+    const [width, height] = [plan.width + 2 * PAD, plan.height + 2 * PAD];
+    this._nodes.clear();
+    const drawing = s("svg", {
       class: "drawing", viewBox: `${-PAD} ${-PAD} ${width} ${height}`, width, height,
-      role: "group", "aria-label": `The graph ${graph.name}`,
-    });
-    this.element.append(
-      s("defs", {}, s("marker", {
-        id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto",
-      }, s("path", { d: "M0,0.5 L7.5,4 L0,7.5 z" }))),
-      ...plan.edges.map((edge) => this._edge(edge)),
-      ...plan.nodes.map((node) => this._node(node)),
-    );
+      role: "group", "aria-label": `The graph ${this._graph.name}`,
+    },
+    s("defs", {}, s("marker", {
+      id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto",
+    }, s("path", { d: "M0,0.5 L7.5,4 L0,7.5 z" }))),
+    ...this._inside(plan));
+    drawing.style.minWidth = `${Math.round(width * SMALLEST)}px`;
+    this.element.replaceChildren(drawing);
+    for (const [key, { group }] of this._nodes) set(group, "aria-pressed", key === this._picked);
+    if (this._run) this.render(this._run);
   }
 
-  _edge(edge) {
-    return s("path", {
-      class: edge.conditional ? "edge conditional" : "edge", d: path(edge), "marker-end": "url(#tip)",
-    }, edge.label ? s("title", {}, edge.label) : null);
+  _inside({ nodes, edges }) {
+    return [
+      ...edges.map((edge) => s("path", {
+        class: edge.conditional ? "edge conditional" : "edge", d: path(edge),
+        "marker-end": edge.through ? null : "url(#tip)",
+      }, edge.label ? s("title", {}, edge.label) : null)),
+      ...nodes.map((node) => (node.inside ? this._frame(node) : this._node(node))),
+    ];
   }
 
-  _node({ id, label, x, y, width, height }) {
+  _node(node) {
+    const { id, x, y, width, height, children } = node;
     if (id === "__start__" || id === "__end__") {
-      return s("circle", { class: `terminus ${id}`, cx: x, cy: y, r: width / 2 - 2 },
+      return s("circle", { class: `terminus ${id}`, cx: x + width / 2, cy: y + height / 2, r: width / 2 - 2 },
         s("title", {}, id === "__start__" ? "start" : "end"));
     }
+    const folds = children.length > 0;
     const glyph = s("text", { class: "glyph", x: 18, y: height / 2 });
-    const name = s("text", { class: "label", x: 33, y: height / 2 }, fit(label ?? id, 15));
+    const letters = Math.floor((width - 42 - (folds ? 20 : 0)) / LABEL);
+    const name = s("text", { class: "label", x: 33, y: height / 2 }, fit(node.label, letters));
     const note = s("text", { class: "note", x: 33, y: height / 2 + 10 });
-    const group = s("g", {
-      class: "node", transform: `translate(${x - width / 2},${y - height / 2})`,
-      tabindex: 0, role: "button", "aria-pressed": "false", dataset: { node: id, state: "waiting" },
-      click: () => this.pick(id === this._picked ? null : id),
-      keydown: (event) => {
-        if (event.key !== "Enter" && event.key !== " ") return;
-        event.preventDefault();
-        this.pick(id === this._picked ? null : id);
-      },
-    },
-    s("title", {}, label ?? id),
-    s("rect", { class: "halo", x: -4, y: -4, width: width + 8, height: height + 8, rx: 13 }),
-    s("rect", { class: "box", width, height, rx: 10 }),
-    s("circle", { class: "badge", cx: 18, cy: height / 2, r: 10 }),
-    glyph,
-    name,
-    note);
-    this._nodes.set(id, { group, glyph, name, note, label: label ?? id, middle: height / 2 });
-    return group;
+    const button = this._button(node, "node",
+      folds ? s("rect", { class: "box behind", x: 4, y: 4, width, height, rx: 10 }) : null,
+      s("rect", { class: "halo", x: -4, y: -4, width: width + 8, height: height + 8, rx: 13 }),
+      s("rect", { class: "box", width, height, rx: 10 }),
+      s("circle", { class: "badge", cx: 18, cy: height / 2, r: 10 }),
+      glyph, name, note);
+    this._nodes.set(node.key, {
+      ...node, group: button, glyph, note, letters: Math.floor((width - 38 - (folds ? 20 : 0)) / NOTE),
+      settle: () => set(name, "y", note.textContent ? height / 2 - 7 : height / 2),
+    });
+    const fold = folds ? this._fold(node, width - 24, height / 2) : null;
+    return s("g", { transform: `translate(${x},${y})` }, button, fold);
   }
 
-  pick(id) {
-    this._picked = id;
-    for (const [other, { group }] of this._nodes) set(group, "aria-pressed", other === id);
-    this._onPick(id);
+  /** A subgraph that is open: its name and state above, its nodes within. */
+  _frame(node) {
+    const { x, y, width, height, inside } = node;
+    const glyph = s("text", { class: "glyph", x: 18, y: 17 });
+    const name = fit(node.label, Math.floor((width - 70) / LABEL));
+    const note = s("tspan", { class: "note", dx: 10 });
+    const button = this._button(node, "node frame",
+      s("rect", { class: "halo", x: -4, y: -4, width: width + 8, height: height + 8, rx: 15 }),
+      s("rect", { class: "box", width, height, rx: 12 }),
+      s("circle", { class: "badge", cx: 18, cy: 17, r: 9 }),
+      glyph, s("text", { x: 33, y: 17 }, s("tspan", { class: "label" }, name), note));
+    const letters = Math.floor((width - 76 - name.length * LABEL) / NOTE);
+    this._nodes.set(node.key, { ...node, group: button, glyph, note, letters, settle() {} });
+    return s("g", { transform: `translate(${x},${y})`, role: "group", "aria-label": `Inside ${node.label}` },
+      button, this._fold(node, width - 24, 17),
+      s("g", { transform: `translate(0,${inside.y})` }, ...this._inside(inside)));
+  }
+
+  _button({ key, label }, kind, ...parts) {
+    return s("g", {
+      class: kind, tabindex: 0, role: "button", "aria-pressed": "false", dataset: { node: key, state: "waiting" },
+      ...pressed(() => this.pick(key === this._picked ? null : key)),
+    }, s("title", {}, label), ...parts);
+  }
+
+  _fold(node, x, y) {
+    const open = Boolean(node.inside);
+    return s("g", {
+      class: "fold", transform: `translate(${x},${y})`, tabindex: 0, role: "button", dataset: { fold: node.key },
+      "aria-expanded": String(open), "aria-label": `The inside of ${node.label}`,
+      ...pressed(() => this._toggle(node, !open)),
+    },
+    s("title", {}, open ? "Fold" : "Unfold"),
+    s("rect", { x: -2, y: -9, width: 18, height: 18, rx: 5 }),
+    s("path", { d: open ? "M3,0h8" : "M3,0h8M7,-4v8" }));
+  }
+
+  _toggle(node, open) {
+    this._chosen.set(node.key, open);
+    this._draw();
+    this.element.querySelector(`[data-fold="${CSS.escape(node.key)}"]`)?.focus({ preventScroll: true });
+    announce(`${node.label} is ${open ? "unfolded" : "folded"}.`);
+  }
+
+  /** Choose the node with that path, or the one in sight that it is in. */
+  pick(key) {
+    this._picked = this._shown(key);
+    for (const [other, { group }] of this._nodes) set(group, "aria-pressed", other === this._picked);
+    this._onPick(key);
+  }
+
+  /** The node in sight that a path leads to: itself, or the closest one around it. */
+  _shown(key) {
+    let at = key;
+    while (at && !this._nodes.has(at)) at = at.slice(0, Math.max(at.lastIndexOf("/"), 0));
+    return at || null;
   }
 
   render(run) {
+    this._run = run;
     const now = run.now();
-    const inner = innerNotes(run);
-    for (const [id, { group, glyph, name, note, label, middle }] of this._nodes) {
-      const node = run.nodes.get(id);
+    const hidden = this._hidden(run);
+    for (const [key, { group, glyph, note, letters, label, settle }] of this._nodes) {
+      const node = run.nodes.get(key);
       const state = stateOf(node);
-      const told = node ? tell(node, state, now) : "";
+      const parts = node ? tell(node, state, now).filter(Boolean) : [];
+      const told = parts.join(" · ");
       set(group, "data-state", state);
       set(group, "aria-label", `${label}: ${state}${told ? `, ${told}` : ""}`);
       say(glyph, GLYPHS[state]);
-      const moving = state === "running" ? inner.get(id) : null;
-      say(note, fit(moving ?? told, 18));
-      set(name, "y", note.textContent ? middle - 7 : middle);
+      const moving = state === "running" ? hidden.get(key) : null;
+      say(note, fitting(moving ? [moving] : parts, letters));
+      settle();
     }
+    this._follow(run);
+  }
+
+  /** What goes on out of sight, by the node in sight that it is in. */
+  _hidden(run) {
+    const notes = new Map();
+    for (const node of run.nodes.values()) {
+      if (node.depth === 0 || this._nodes.has(node.key)) continue;
+      const state = stateOf(node);
+      if (state !== "running" && state !== "retrying") continue;
+      const open = (node.states.running ?? 0) + (node.states.retrying ?? 0);
+      notes.set(this._shown(node.key), `${node.name}${open > 1 ? ` × ${open}` : ""}`);
+    }
+    return notes;
+  }
+
+  /** A drawing that is wider than its place keeps what began last in sight. */
+  _follow(run) {
+    const { element } = this;
+    const key = run.latest && this._shown(run.latest);
+    if (key === this._last) return;
+    const behavior = this._last ? "auto" : "instant"; // the style sheet says how it moves later
+    this._last = key;
+    if (!key || element.scrollWidth <= element.clientWidth) return;
+    const box = this._nodes.get(key).group.getBoundingClientRect();
+    const place = element.getBoundingClientRect();
+    if (box.left >= place.left && box.right <= place.right) return;
+    const middle = ({ left, width }) => left + width / 2;
+    element.scrollBy({ left: middle(box) - middle(place), behavior });
   }
 }
 
-/** What stands under a node's name. */
+/** Listeners for somebody who presses it, with the mouse or with the keyboard. */
+function pressed(press) {
+  return {
+    click: press,
+    keydown: (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      press();
+    },
+  };
+}
+
+/** What stands under a node's name; where there is no room for all of it, the last of it stays. */
 function tell(node, state, now) {
   const { last } = node;
   const count = node.visits > 1 ? countOf(node) : "";
   if (state === "retrying") {
     const left = last.retryAt - now;
-    return left > 0 ? `try ${last.attempt + 1} in ${(left / 1000).toFixed(1)} s` : `try ${last.attempt + 1} now`;
+    return [left > 0 ? `try ${last.attempt + 1} in ${(left / 1000).toFixed(1)} s` : `try ${last.attempt + 1} now`];
   }
   if (state === "running") {
     const since = last.bars.at(-1)?.from ?? now;
-    return [duration(now - since), last.attempt > 1 ? `try ${last.attempt}` : "", count].filter(Boolean).join(" · ");
+    return [duration(now - since), last.attempt > 1 ? `try ${last.attempt}` : "", count];
   }
-  if (state === "failed") return last.error ?? "failed";
-  if (state === "interrupted") return "needs an answer";
-  if (state === "cached") return ["cached", count].filter(Boolean).join(" · ");
-  return [last.durationMs === null ? "" : duration(last.durationMs), count].filter(Boolean).join(" · ");
+  if (state === "failed") return [last.error ?? "failed"];
+  if (state === "interrupted") return ["needs an answer"];
+  if (state === "cached") return ["cached", count];
+  return [last.durationMs === null ? "" : duration(last.durationMs), count];
 }
 
 function countOf(node) {
@@ -110,17 +250,9 @@ function countOf(node) {
   return ended < node.visits ? `${ended} of ${node.visits}` : `× ${node.visits}`;
 }
 
-/** What goes on inside a subgraph, by the node that it is. */
-function innerNotes(run) {
-  const notes = new Map();
-  for (const node of run.nodes.values()) {
-    if (node.depth === 0) continue;
-    const state = stateOf(node);
-    if (state !== "running" && state !== "retrying") continue;
-    const open = (node.states.running ?? 0) + (node.states.retrying ?? 0);
-    notes.set(node.key.split("/")[0], `${node.name}${open > 1 ? ` × ${open}` : ""}`);
-  }
-  return notes;
+function fitting(parts, letters) {
+  const text = parts.join(" · ");
+  return parts.length > 1 && text.length > letters ? fitting(parts.slice(1), letters) : fit(text, letters);
 }
 
-const fit = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+const fit = (text, length) => (text.length > length ? `${text.slice(0, Math.max(length - 1, 1))}…` : text);

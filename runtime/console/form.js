@@ -1,41 +1,64 @@
 // A form from a JSON Schema: a field for each property, and JSON where a form would be no help.
 
-import { h } from "./dom.js";
+import { h, say, set } from "./dom.js";
 
 const DEPTH = 4;
 let fields = 0;
 
+/** What was written into a field cannot be used. */
+export class FieldError extends Error {
+  constructor(field, message) {
+    super(`${field.title}: ${message}`);
+    this.field = field;
+    this.told = message;
+  }
+}
+
 /**
- * `{ element, read(), write(value) }` for a schema. `read` leaves out what was left empty,
- * and throws an Error that says which field is wrong; `onChange` is called after each change.
+ * A field for a schema:
+ *
+ *   element          what is seen
+ *   read()           the value; undefined where it was left empty; throws a FieldError
+ *   write(value)     shows a value; what the field cannot show is kept as it is
+ *   find(path)       the field at a path, or the nearest one around it
+ *   complain(text)   says what is wrong with it; null takes that back
+ *   focus()
+ *
+ * `onChange` is called after each change. A value that has to be `complete` has the schema's
+ * defaults in it and everything that is required; else who takes the value sees to that.
  */
-export function formOf(schema, onChange) {
+export function formOf(schema, onChange, { name = "input", complete = false } = {}) {
   const definitions = schema?.$defs ?? schema?.definitions ?? {};
-  const field = fieldOf(schema ?? {}, { definitions, onChange, depth: 0, name: "input", required: true });
-  return field;
+  return fieldOf(schema ?? {}, {
+    definitions, onChange, complete, name, depth: 0, required: true, refs: [],
+  });
 }
 
 function fieldOf(raw, context) {
-  const schema = resolved(raw, context.definitions);
-  if (isMessages(schema, context)) return messagesField(schema, context);
-  const kind = schema.const !== undefined ? "const" : schema.enum ? "enum" : schema.type;
-  const make = context.depth > DEPTH ? jsonField : MAKERS[kind] ?? jsonField;
-  return make(schema, context);
+  const refs = [...context.refs];
+  const { nullable, ...schema } = resolved(raw, context.definitions, refs);
+  // A type that holds itself has no last field.
+  const endless = refs.length > new Set(refs).size || context.depth > DEPTH;
+  const make = endless ? jsonField : makerOf(schema, context);
+  return keeping(make(schema, { ...context, refs }), schema, { ...context, nullable });
 }
 
-/** A schema without references, and without a mere "or null". */
-function resolved(schema, definitions, seen = 0) {
-  if (seen > 8) return {};
+/** A schema without references and without a mere "or null"; `refs` gets what was followed. */
+function resolved(schema, definitions, refs = []) {
+  if (refs.length > 40) return {};
   if (schema.$ref) {
-    const target = definitions[schema.$ref.split("/").pop()] ?? {};
-    return resolved({ ...target, ...without(schema, "$ref") }, definitions, seen + 1);
+    const name = schema.$ref.split("/").pop();
+    refs.push(name);
+    return resolved({ ...definitions[name], ...without(schema, "$ref") }, definitions, refs);
   }
-  const options = (schema.anyOf ?? schema.oneOf)?.filter((option) => option.type !== "null");
-  if (options?.length === 1) {
-    return resolved({ ...options[0], ...without(schema, "anyOf", "oneOf") }, definitions, seen + 1);
-  }
+  const given = schema.anyOf ?? schema.oneOf;
+  const options = given?.filter((option) => option.type !== "null");
+  const nullable = schema.nullable || (given && options.length < given.length);
+  const rest = { ...without(schema, "anyOf", "oneOf"), ...(nullable && { nullable }) };
+  if (options?.length === 1) return resolved({ ...options[0], ...rest }, definitions, refs);
+  if (options) return { ...rest, anyOf: options };
   if (schema.allOf?.length === 1) {
-    return resolved({ ...schema.allOf[0], ...without(schema, "allOf") }, definitions, seen + 1);
+    return resolved({ ...schema.allOf[0], ...without(schema, "allOf") }, definitions, refs);
   }
   return schema;
 }
@@ -43,156 +66,445 @@ function resolved(schema, definitions, seen = 0) {
 const without = (object, ...names) =>
   Object.fromEntries(Object.entries(object).filter(([name]) => !names.includes(name)));
 
-const MAKERS = {
-  object: objectField,
-  array: arrayField,
-  string: stringField,
-  integer: numberField,
-  number: numberField,
-  boolean: booleanField,
-  enum: enumField,
-  const: (schema) => ({ element: h("span", {}, String(schema.const)), read: () => schema.const, write() {} }),
+function makerOf(schema, context) {
+  if (isMessages(schema, context)) return messagesField;
+  if (schema.const !== undefined) return constField;
+  if (schema.enum) return enumField;
+  if (schema.anyOf) return choiceField;
+  if (schema.type === "object") {
+    if (Object.keys(schema.properties ?? {}).length) return objectField;
+    return isObject(schema.additionalProperties) ? entriesField : jsonField;
+  }
+  if (schema.type === "array") {
+    if (!schema.items || schema.prefixItems) return jsonField;
+    return schema.uniqueItems && schema.items.enum ? setField : arrayField;
+  }
+  return { string: stringField, integer: numberField, number: numberField, boolean: booleanField }[schema.type]
+    ?? jsonField;
+}
+
+/** Keeps what the field cannot show, and the null or the empty text that it cannot tell apart. */
+function keeping(field, schema, context) {
+  const fits = field.fits ?? (() => true);
+  const note = h("p", { class: "hint", hidden: true });
+  const empty = context.item ? (schema.type === "string" ? "" : null)
+    : context.required && context.nullable ? null : undefined;
+  let strange, left = empty;
+  field.element.append(note);
+  const write = (value) => {
+    strange = value !== undefined && value !== null && !fits(value) ? value : undefined;
+    left = value === null || value === "" ? value : empty;
+    say(note, strange === undefined ? "" : `It is ${shortly(strange)}, which this field cannot show. The JSON can change it.`);
+    note.hidden = strange === undefined;
+    field.body.hidden = strange !== undefined;
+    field.write(strange === undefined && value !== null ? value : undefined);
+  };
+  const kept = {
+    find: () => kept,
+    ...field,
+    write,
+    read() {
+      if (strange !== undefined) return strange;
+      const found = field.read();
+      return found === undefined ? left : found;
+    },
+  };
+  if (context.complete && schema.default !== undefined) write(schema.default);
+  return kept;
+}
+
+const shortly = (value) => {
+  const json = JSON.stringify(value);
+  return json.length > 60 ? `${json.slice(0, 60)}…` : json;
 };
+
+// Fields that hold others.
 
 function objectField(schema, context) {
   const required = new Set(schema.required ?? []);
-  const parts = Object.entries(schema.properties ?? {}).map(([name, property]) => [
+  const parts = new Map(Object.entries(schema.properties).map(([name, property]) => [
     name,
-    fieldOf(property, { ...context, depth: context.depth + 1, name, required: required.has(name) }),
-  ]);
-  if (!parts.length) return jsonField(schema, context);
+    fieldOf(property, { ...inner(context), name, required: required.has(name) }),
+  ]));
   let rest = {};
-  const element = context.depth === 0
-    ? h("div", { class: "fields" }, ...parts.map(([, part]) => part.element))
-    : h("fieldset", {}, legend(schema, context), ...parts.map(([, part]) => part.element));
+  let given = false;
+  const body = h("div", { class: "fields" }, ...[...parts.values()].map((part) => part.element));
+  const group = groupOf(schema, context, body);
   return {
-    element,
+    ...group,
+    fits: isObject,
     read() {
       const value = { ...rest };
+      let missing;
+      let written = given || Object.keys(rest).length > 0;
       for (const [name, part] of parts) {
         const found = part.read();
-        if (found !== undefined) value[name] = found;
+        if (found === undefined) {
+          if (required.has(name)) missing ??= part;
+          continue;
+        }
+        value[name] = found;
+        written ||= !part.constant;
       }
-      return context.depth > 0 && !context.required && !Object.keys(value).length ? undefined : value;
+      if (optional(context) && !written) return undefined;
+      if (context.complete && missing) throw new FieldError(missing, "this has to be filled in");
+      return value;
     },
     write(value) {
-      const given = isObject(value) ? value : {};
-      rest = without(given, ...parts.map(([name]) => name));
-      for (const [name, part] of parts) part.write(given[name]);
+      given = value !== undefined;
+      rest = without(value ?? {}, ...parts.keys());
+      for (const [name, part] of parts) part.write(value?.[name]);
     },
+    find(path) {
+      const part = parts.get(path[0]);
+      return part ? part.find(path.slice(1)) : this;
+    },
+    focus: () => parts.values().next().value.focus(),
   };
 }
 
 function arrayField(schema, context) {
-  const list = h("div", { class: "items" });
-  let items = [];
-  const add = (value) => {
-    const part = fieldOf(schema.items ?? {}, { ...context, depth: context.depth + 1, name: `${context.name} ${items.length + 1}`, required: true });
+  const list = rows(context, (value) => {
+    const name = `${titleOf(schema, context)} ${list.items.length + 1}`;
+    const part = fieldOf(schema.items, { ...inner(context), name, item: true, required: true });
     part.write(value);
-    const row = h("div", { class: "item" }, part.element, h("button", {
-      type: "button", class: "quiet", "aria-label": `Remove ${context.name} ${items.length + 1}`,
-      click: () => {
-        items = items.filter((item) => item !== part);
-        row.remove();
-        context.onChange();
-      },
-    }, "✕"));
-    items.push(part);
-    list.append(row);
-  };
-  const more = h("button", { type: "button", class: "quiet", click: () => { add(undefined); context.onChange(); } }, "Add");
+    return { part, element: part.element, title: name };
+  });
   return {
-    element: h("fieldset", {}, legend(schema, context), list, more),
-    read: () => (items.length || context.required ? items.map((item) => item.read() ?? null) : undefined),
-    write(value) {
-      items = [];
-      list.replaceChildren();
-      for (const item of Array.isArray(value) ? value : []) add(item);
+    ...groupOf(schema, context, list.element),
+    fits: Array.isArray,
+    read: () => (list.items.length || !optional(context) || list.given ? list.items.map(({ part }) => part.read()) : undefined),
+    write: (value) => list.write(value),
+    find(path) {
+      return list.items[path[0]]?.part.find(path.slice(1)) ?? this;
     },
+    focus: () => (list.items[0] ? list.items[0].part.focus() : list.more.focus()),
   };
 }
+
+/** An object whose names are free: a row for each. */
+function entriesField(schema, context) {
+  const list = rows(context, (entry = ["", undefined]) => {
+    const title = `${titleOf(schema, context)} ${list.items.length + 1}`;
+    const key = h("input", {
+      type: "text", class: "code", placeholder: "name", "aria-label": `Name of ${title}`,
+      spellcheck: "false", autocomplete: "off", input: context.onChange,
+    });
+    key.value = entry[0];
+    const part = fieldOf(schema.additionalProperties, { ...inner(context), name: `Value of ${title}`, item: true, required: true, bare: true });
+    part.write(entry[1]);
+    return { key, part, title, element: h("div", { class: "entry" }, key, part.element) };
+  });
+  const field = {
+    ...groupOf(schema, context, list.element),
+    fits: isObject,
+    read() {
+      const entries = list.items.map(({ key, part }) => [key.value, part.read()]);
+      const names = entries.map(([name]) => name);
+      const twice = names.find((name, index) => names.indexOf(name) !== index);
+      if (twice !== undefined) throw new FieldError(field, `the name ${JSON.stringify(twice)} is there twice`);
+      return entries.length || !optional(context) || list.given ? Object.fromEntries(entries) : undefined;
+    },
+    write: (value) => list.write(value && Object.entries(value)),
+    find(path) {
+      return list.items.find(({ key }) => key.value === path[0])?.part.find(path.slice(1)) ?? this;
+    },
+    focus: () => (list.items[0]?.key ?? list.more).focus(),
+  };
+  return field;
+}
+
+/** Rows that can be added and taken away. */
+function rows(context, make) {
+  const list = h("div", { class: "items" });
+  const more = h("button", {
+    type: "button", class: "quiet",
+    click: () => {
+      const item = add(undefined);
+      context.onChange();
+      (item.key ?? item.part).focus();
+    },
+  }, "Add");
+  const self = { items: [], given: false, more, element: h("div", {}, list, more), write };
+
+  function add(value) {
+    const item = make(value);
+    const row = h("div", { class: "item" }, item.element, h("button", {
+      type: "button", class: "quiet", "aria-label": `Remove ${item.title}`,
+      click: () => {
+        self.items = self.items.filter((other) => other !== item);
+        row.remove();
+        context.onChange();
+        more.focus();
+      },
+    }, "✕"));
+    self.items.push(item);
+    list.append(row);
+    return item;
+  }
+
+  function write(values) {
+    self.given = values !== undefined;
+    self.items = [];
+    list.replaceChildren();
+    for (const value of values ?? []) add(value);
+  }
+  return self;
+}
+
+/** One of several types: which one is chosen, and then its field. */
+function choiceField(schema, context) {
+  const id = `field-${++fields}`;
+  const options = schema.anyOf.map((option) => resolved(option, context.definitions));
+  const parts = schema.anyOf.map((option, index) =>
+    fieldOf(option, { ...inner(context), name: kindOf(options[index]), required: true, bare: !options[index].properties }));
+  const choice = h("select", {
+    id, "aria-label": `Kind of ${titleOf(schema, context)}`,
+    change: () => {
+      show(choice.value);
+      context.onChange();
+    },
+  }, h("option", { value: "" }, "—"), ...options.map((option, index) => h("option", { value: index }, kindOf(option))));
+  const place = h("div", { class: "chosen" });
+  const show = (index) => {
+    choice.value = index;
+    place.replaceChildren(...(index === "" ? [] : [parts[index].element]));
+  };
+  const chosen = () => parts[choice.value];
+  return {
+    ...groupOf(schema, context, h("div", { class: "choice" }, choice, place)),
+    fits: (value) => options.some((option) => matches(option, value, context)),
+    read: () => (choice.value === "" ? undefined : chosen().read() ?? (options[choice.value].type === "string" ? "" : undefined)),
+    write(value) {
+      const index = value === undefined ? -1 : options.findIndex((option) => matches(option, value, context));
+      show(index < 0 ? "" : String(index));
+      chosen()?.write(value);
+    },
+    find(path) {
+      return path.length && chosen() ? chosen().find(path) : this;
+    },
+    focus: () => (chosen() ?? choice).focus(),
+  };
+}
+
+const KINDS = { string: "text", integer: "whole number", number: "number", boolean: "true or false", array: "list", object: "object" };
+const kindOf = (schema) =>
+  schema.title ?? (schema.const !== undefined ? String(schema.const) : schema.enum ? schema.enum.join(", ") : KINDS[schema.type] ?? "JSON");
+
+/** Whether a value may be meant by a schema, as far as a look at it tells. */
+function matches(raw, value, context, depth = 0) {
+  const schema = resolved(raw, context.definitions);
+  if (depth > DEPTH) return true;
+  if (schema.const !== undefined) return value === schema.const;
+  if (schema.enum) return schema.enum.includes(value);
+  if (schema.anyOf) return schema.anyOf.some((option) => matches(option, value, context, depth + 1));
+  if (schema.type === "object") {
+    return isObject(value)
+      && (schema.required ?? []).every((name) => name in value)
+      && Object.entries(schema.properties ?? {}).every(([name, part]) => !(name in value) || matches(part, value[name], context, depth + 1));
+  }
+  if (schema.type === "array") return Array.isArray(value) && value.every((item) => !schema.items || matches(schema.items, item, context, depth + 1));
+  if (schema.type === "null") return value === null;
+  if (schema.type === "integer") return Number.isInteger(value);
+  return schema.type === undefined || typeof value === schema.type;
+}
+
+/** What several controls of one value have in common. */
+function groupOf(schema, context, body) {
+  const error = errorOf();
+  const hint = hintOf(schema, context, null);
+  const title = titleOf(schema, context);
+  const element = context.depth === 0 && !context.legend
+    ? h("div", { class: "group" }, hint, body, error)
+    : h("fieldset", {}, h("legend", {}, ...labelOf(schema, context)), hint, body, error);
+  return { element, body, title, complain: (text) => tell(error, text) };
+}
+
+// Fields of one control.
 
 function stringField(schema, context) {
   const long = schema.format === undefined && schema.maxLength === undefined;
-  const input = h(long ? "textarea" : "input", long ? { rows: 1, spellcheck: "false" } : { type: "text" });
-  return simple(input, schema, context, () => input.value, (value) => (input.value = value));
+  const input = h(long ? "textarea" : "input", {
+    ...(long ? { rows: 1 } : { type: "text", maxlength: schema.maxLength }),
+    spellcheck: "false", autocomplete: "off",
+    placeholder: { "date-time": "2026-11-24T17:06:08Z", date: "2026-11-24", time: "17:06:08Z" }[schema.format],
+  });
+  return simple(input, schema, context, {
+    fits: (value) => typeof value === "string",
+    read: () => {
+      if (input.value.length < schema.minLength) throw new Error(`write ${schema.minLength} characters or more`);
+      return input.value;
+    },
+    write: (value) => (input.value = value),
+  });
 }
 
 function numberField(schema, context) {
-  const input = h("input", { type: "number", step: schema.type === "integer" ? 1 : "any", min: schema.minimum, max: schema.maximum });
-  const read = () => {
-    if (input.validity.badInput || Number.isNaN(Number(input.value))) throw new Error(`${context.name} is not a number`);
-    return Number(input.value);
-  };
-  return simple(input, schema, context, read, (value) => (input.value = value));
+  const whole = schema.type === "integer";
+  const { minimum: least, maximum: most, exclusiveMinimum: above, exclusiveMaximum: below } = schema;
+  const input = h("input", { type: "number", step: whole ? 1 : "any", min: least, max: most });
+  return simple(input, schema, context, {
+    fits: (value) => typeof value === "number" && (!whole || Number.isInteger(value)),
+    empty: () => input.value === "" && !input.validity.badInput,
+    read: () => {
+      const value = Number(input.value);
+      if (input.validity.badInput || Number.isNaN(value)) throw new Error("this is not a number");
+      if (whole && !Number.isInteger(value)) throw new Error("this is not a whole number");
+      if (value < least) throw new Error(`use ${least} or more`);
+      if (value > most) throw new Error(`use ${most} or less`);
+      if (value <= above) throw new Error(`use more than ${above}`);
+      if (value >= below) throw new Error(`use less than ${below}`);
+      return value;
+    },
+    write: (value) => (input.value = value),
+  });
 }
 
-function booleanField(schema, context) {
-  const input = h("select", {}, ...["", "true", "false"].map((value) => h("option", { value }, value || "—")));
-  return simple(input, schema, context, () => input.value === "true", (value) => (input.value = String(value)));
-}
+const booleanField = (schema, context) => enumField({ ...schema, enum: [true, false] }, context);
 
 function enumField(schema, context) {
   const options = schema.enum.map((value) => h("option", { value: JSON.stringify(value) }, String(value)));
   const input = h("select", {}, h("option", { value: "" }, "—"), ...options);
-  return simple(input, schema, context, () => JSON.parse(input.value), (value) => (input.value = JSON.stringify(value)));
+  return simple(input, schema, context, {
+    fits: (value) => schema.enum.includes(value),
+    read: () => JSON.parse(input.value),
+    write: (value) => (input.value = JSON.stringify(value)),
+  });
+}
+
+/** What can only be one thing is not asked for. */
+function constField(schema, context) {
+  const element = h("div", { hidden: true });
+  return {
+    element,
+    body: h("span", {}),
+    title: titleOf(schema, context),
+    constant: true,
+    fits: (value) => value === schema.const,
+    read: () => schema.const,
+    write() {},
+    complain() {},
+    focus() {},
+  };
+}
+
+/** Some of a few: a box for each. */
+function setField(schema, context) {
+  const boxes = schema.items.enum.map((value) => ({
+    value, box: h("input", { type: "checkbox", input: context.onChange }),
+  }));
+  const body = h("div", { class: "boxes" }, ...boxes.map(({ value, box }) => h("label", {}, box, ` ${value}`)));
+  let given = false;
+  return {
+    ...groupOf(schema, context, body),
+    fits: (value) => Array.isArray(value) && new Set(value).size === value.length && value.every((one) => schema.items.enum.includes(one)),
+    read() {
+      const chosen = boxes.filter(({ box }) => box.checked).map(({ value }) => value);
+      return chosen.length || given ? chosen : undefined;
+    },
+    write(value) {
+      given = value !== undefined && !value.length;
+      for (const { value: one, box } of boxes) box.checked = value?.includes(one) ?? false;
+    },
+    focus: () => boxes[0].box.focus(),
+  };
 }
 
 function jsonField(schema, context) {
-  const input = h("textarea", { rows: 3, class: "code", spellcheck: "false", placeholder: "JSON" });
-  const read = () => {
-    try {
-      return JSON.parse(input.value);
-    } catch {
-      throw new Error(`${context.name} is not JSON`);
-    }
-  };
-  return simple(input, schema, context, read, (value) => (input.value = JSON.stringify(value, null, 2)));
+  const input = h("textarea", { rows: 2, class: "code", spellcheck: "false", placeholder: schema.type === "object" ? "{ }" : "JSON" });
+  const field = simple(input, schema, context, {
+    read: () => {
+      let value;
+      try {
+        value = JSON.parse(input.value);
+      } catch {
+        throw new Error("this is not JSON");
+      }
+      if (schema.type === "object" && !isObject(value)) throw new Error("this is not an object: { … }");
+      return value;
+    },
+    write: (value) => (input.value = JSON.stringify(value, null, 2)),
+  });
+  return { ...field, json: true };
 }
 
 /** A list of chat messages: one text box for what a person says first; more of them as JSON. */
 function messagesField(schema, context) {
   const input = h("textarea", { rows: 3 });
-  let kept = null;
-  const field = simple(input, { ...schema, title: "Message" }, context,
-    () => kept ?? [{ role: "user", content: input.value }],
-    (value) => {
-      const only = Array.isArray(value) && value.length === 1 ? value[0] : null;
-      const own = only?.role === "user" && typeof only.content === "string";
-      kept = own || value === undefined ? null : value;
-      input.value = own ? only.content : JSON.stringify(value);
-      input.disabled = kept !== null;
-    });
-  return field;
+  const own = (value) => Array.isArray(value) && value.length === 1 && value[0]?.role === "user"
+    && typeof value[0].content === "string" && Object.keys(value[0]).length === 2;
+  return simple(input, { ...schema, title: "Message" }, context, {
+    fits: own,
+    read: () => [{ role: "user", content: input.value }],
+    write: (value) => (input.value = value[0].content),
+  });
 }
 
 const isMessages = (schema, { definitions }) =>
   schema.type === "array" && JSON.stringify(schema.items ?? {}).includes("HumanMessage") && "HumanMessage" in definitions;
 
-/** A field of one input element, with its label and what the schema says of it. */
-function simple(input, schema, context, read, write) {
+/** A field of one control, with its label and what the schema says of it. */
+function simple(input, schema, context, { fits, read, write, empty = () => input.value === "" }) {
   const id = `field-${++fields}`;
+  const error = errorOf(`${id}-error`);
+  const hint = hintOf(schema, context, `${id}-hint`);
+  const title = titleOf(schema, context);
   input.id = id;
   input.addEventListener("input", context.onChange);
-  const hint = schema.description ? h("p", { class: "hint", id: `${id}-hint` }, schema.description) : null;
-  if (hint) input.setAttribute("aria-describedby", hint.id);
-  if (context.required) input.setAttribute("aria-required", "true");
+  set(input, "aria-describedby", hint ? `${hint.id} ${error.id}` : error.id);
+  if (context.required && !context.item && context.depth > 0) input.setAttribute("aria-required", "true");
+  if (context.bare) input.setAttribute("aria-label", title);
+  const label = context.bare ? null : h("label", { for: id }, ...labelOf(schema, context));
   const field = {
-    element: h("div", { class: "field" }, h("label", { for: id }, titleOf(schema, context)), hint, input),
-    read: () => (input.value === "" && !(context.required && schema.type === "string") ? undefined : read()),
-    write(value) {
-      if (value === undefined || value === null) input.value = "";
-      else write(value);
-      if (input.tagName === "TEXTAREA" && !input.classList.contains("code")) {
-        input.rows = Math.min(8, Math.max(1, Math.ceil(input.value.length / 48)));
+    element: h("div", { class: "field" }, label, hint, input, error),
+    body: input,
+    title,
+    fits,
+    read() {
+      if (empty()) return undefined;
+      try {
+        return read();
+      } catch (problem) {
+        throw new FieldError(field, problem.message);
       }
     },
+    write(value) {
+      if (value === undefined) input.value = "";
+      else write(value);
+    },
+    complain(text) {
+      tell(error, text);
+      set(input, "aria-invalid", text === null ? null : "true");
+    },
+    focus: () => input.focus(),
   };
-  if (schema.default !== undefined && schema.default !== null) field.write(schema.default);
   return field;
 }
 
-const legend = (schema, context) => h("legend", {}, titleOf(schema, context));
-const titleOf = (schema, { name, required }) =>
-  `${schema.title ?? name}${required ? "" : " (optional)"}`;
+const inner = (context) => ({ ...context, depth: context.depth + 1, item: false, bare: false, legend: false });
+const optional = ({ depth, required }) => depth > 0 && !required;
+
+const titleOf = (schema, { name, item, bare }) => (item || bare ? name : schema.title ?? name);
+const labelOf = (schema, context) => [
+  titleOf(schema, context),
+  context.required ? null : h("span", { class: "optional" }, " (optional)"),
+];
+
+function hintOf(schema, context, id) {
+  const told = [
+    schema.description,
+    !context.complete && schema.const === undefined && tells(schema.default) ? `${shortly(schema.default)} unless said.` : null,
+  ].filter(Boolean);
+  return told.length && !context.item ? h("p", { class: "hint", id }, told.join(" ")) : null;
+}
+
+const tells = (value) => value !== undefined && value !== null && value !== "" && (typeof value !== "object" || Object.keys(value).length > 0);
+
+const errorOf = (id) => h("p", { class: "problem", id, hidden: true });
+
+function tell(error, text) {
+  error.hidden = text === null;
+  say(error, text ?? "");
+}
+
 const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

@@ -1,29 +1,110 @@
 // Where the nodes and edges of a graph go: layers from a depth-first search, few crossings, loops below.
+// What is inside of a subgraph is laid out first; then it is a box of that size.
 
-const NODE = { width: 142, height: 50 };
-const END = { width: 20, height: 20 };
-const GAP = { along: 34, across: 22, loop: 16 };
+const NODE = { least: 134, most: 190, height: 50, aside: 48, letter: 7.6 };
+const END = 20;
+const GAP = { along: 26, across: 22, loop: 14 };
+/** Between a frame and what is in it; its name stands above. */
+const FRAME = { top: 34, bottom: 16, least: 200 };
+/** How far below a node its loop to itself runs. */
+const SELF = 15;
+const INSIDE = ":";
+
+/** Where edges come into a frame and leave it. */
+const IN = "__start__";
+const OUT = "__end__";
 
 /**
- * Places `nodes` ({id, label}) and `edges` ({source, target, conditional}) from left to right.
- * Gives `{ nodes: [{…, x, y, width, height}], edges: [{…, points}], width, height }`;
- * x and y are middles, an edge's points are joined by curves.
+ * The nodes as a tree: what is inside of a subgraph hangs under it, as `children`.
+ * A node's `key` is the path by which the lines of a run name it.
  */
-export function layout(nodes, edges) {
-  const places = new Map(nodes.map((node) => [node.id, { node, id: node.id, ...sizeOf(node) }]));
-  const known = edges.filter((edge) => places.has(edge.source) && places.has(edge.target));
-  const back = loops([...places.keys()], known);
-  const forward = known.filter((edge) => !back.has(edge));
-
-  rank(places, forward, known.length === 0);
-  const chains = chain(places, forward);
-  const layers = order(places, chains);
-  const size = place(layers);
-  return finish(places, chains, [...back], size);
+export function grow(nodes) {
+  const root = { id: "", children: [] };
+  const known = new Map([["", root]]);
+  const find = (id, more) => {
+    if (known.has(id)) return Object.assign(known.get(id), more);
+    const [parent, name] = split(id);
+    const made = { id, key: id.replaceAll(INSIDE, "/"), label: name, children: [], ...more };
+    known.set(id, made);
+    const above = find(parent);
+    // A subgraph's own start and end are where edges cross its frame.
+    if (above === root || !isTerminus(name)) above.children.push(made);
+    return made;
+  };
+  for (const node of nodes) find(node.id, node);
+  return root;
 }
 
-const isEnd = (id) => id === "__start__" || id === "__end__";
-const sizeOf = ({ id }) => (isEnd(id) ? END : NODE);
+function split(id) {
+  const at = id.lastIndexOf(INSIDE);
+  return [id.slice(0, Math.max(at, 0)), id.slice(at + 1)];
+}
+
+/** How many levels of subgraphs are inside. */
+export const depthOf = ({ children }) =>
+  Math.max(0, ...children.filter((child) => child.children.length).map((child) => 1 + depthOf(child)));
+
+/**
+ * Places what is inside of `parent` and `edges` ({source, target, conditional}) from left to right.
+ * `isOpen` says of which subgraphs the inside is shown. Gives `{ nodes: [{…, x, y, width, height}],
+ * edges: [{…, points}], width, height, axis, entered }`: x and y are upper left corners, an edge's points
+ * are joined by curves, `axis` is the height at which edges come and go, `entered` whether one comes in.
+ * The node of an open subgraph has what is in it as `inside`, which begins `y` below its upper edge.
+ */
+export function layout(parent, edges, isOpen) {
+  const boxes = parent.children.map((node) => measure(node, edges, isOpen));
+  const doors = (id) => (parent.id ? [{ id, width: 0, height: 0, axis: 0 }] : []);
+  const places = new Map([...doors(IN), ...boxes, ...doors(OUT)].map((place) => [place.id, place]));
+  const own = between(parent, edges, places);
+  const back = loops([...places.keys()], own);
+  const forward = own.filter((edge) => !back.has(edge));
+
+  rank(places, forward, own.length === 0);
+  const chains = chain(places, forward);
+  const layers = order(places, chains);
+  const size = place(layers, parent.id ? FRAME.least : 0);
+  return finish(layers, chains, [...back], places, size);
+}
+
+const isTerminus = (name) => name === IN || name === OUT;
+
+/** A node's box: `axis` is where its edges are. */
+function measure(node, edges, isOpen) {
+  if (node.children.length && isOpen(node)) {
+    const inside = layout(node, edges, isOpen);
+    return {
+      id: node.id, width: inside.width, height: FRAME.top + inside.height + FRAME.bottom,
+      axis: FRAME.top + inside.axis, node: { ...node, inside: { ...inside, y: FRAME.top } },
+    };
+  }
+  if (isTerminus(node.id)) return { id: node.id, node, width: END, height: END, axis: END / 2 };
+  const folds = node.children.length ? 20 : 0;
+  const wanted = NODE.aside + node.label.length * NODE.letter + folds;
+  const width = Math.min(NODE.most, Math.max(NODE.least + folds, Math.ceil(wanted)));
+  return { id: node.id, node, width, height: NODE.height, axis: NODE.height / 2 };
+}
+
+/** The edges between what is directly in `parent`; those through its frame lead to a door in it. */
+function between(parent, edges, places) {
+  const found = new Map();
+  const before = parent.id ? parent.id + INSIDE : "";
+  // The child that holds a node, the door that it is, or null for a node that is elsewhere.
+  const childOf = (id) => {
+    if (!id.startsWith(before)) return null;
+    const name = id.slice(before.length).split(INSIDE)[0];
+    return parent.id && isTerminus(name) ? name : before + name;
+  };
+  for (const { source, target, ...more } of edges) {
+    const [from, to] = [childOf(source) ?? IN, childOf(target) ?? OUT];
+    const within = from === to && source !== from; // it is drawn inside of the child
+    if (within || from === OUT || to === IN || (parent.id && from === IN && to === OUT)) continue;
+    if (!places.has(from) || !places.has(to)) continue;
+    const same = found.get(`${from}\n${to}`);
+    if (same) same.conditional &&= more.conditional;
+    else found.set(`${from}\n${to}`, { ...more, source: from, target: to });
+  }
+  return [...found.values()];
+}
 
 /** The edges that close a loop. */
 function loops(ids, edges) {
@@ -48,7 +129,11 @@ function loops(ids, edges) {
 /** Each node one layer behind the last of those that lead to it. */
 function rank(places, edges, unknown) {
   let index = 0;
-  for (const place of places.values()) place.layer = unknown ? index++ : 0;
+  const first = places.has(IN) ? 1 : 0;
+  for (const place of places.values()) {
+    if (unknown) place.layer = place.id === OUT ? 0 : index++;
+    else place.layer = place.id === IN ? 0 : first;
+  }
   for (let round = 0, moved = true; moved && round <= places.size; round++) {
     moved = false;
     for (const { source, target } of edges) {
@@ -59,8 +144,8 @@ function rank(places, edges, unknown) {
       }
     }
   }
-  const last = Math.max(...[...places.values()].map((place) => place.layer));
-  if (places.has("__end__")) places.get("__end__").layer = last;
+  const others = [...places.values()].filter((place) => place.id !== OUT);
+  if (places.has(OUT)) places.get(OUT).layer = Math.max(0, ...others.map((place) => place.layer + 1));
 }
 
 /** Edges over several layers get a thin stand-in in each layer between, which keeps nodes away. */
@@ -71,7 +156,7 @@ function chain(places, edges) {
     const to = places.get(edge.target);
     const stops = [from];
     for (let layer = from.layer + 1; layer < to.layer; layer++) {
-      const thin = { id: `thin ${count++}`, layer, width: 0, height: 12, thin: true };
+      const thin = { id: `thin ${count++}`, layer, width: 0, height: 12, axis: 6, thin: true };
       places.set(thin.id, thin);
       stops.push(thin);
     }
@@ -108,50 +193,63 @@ function order(places, chains) {
 
 const push = (map, key, value) => map.set(key, [...(map.get(key) ?? []), value]);
 
-function place(layers) {
-  const heights = layers.map((layer) =>
-    layer.reduce((sum, { height }) => sum + height + GAP.across, -GAP.across));
-  const height = Math.max(...heights);
+/** Layers stand around one axis: a layer of one by where its edges are, so that they go straight. */
+function place(layers, least) {
+  const columns = layers.map((layer) => {
+    const height = layer.reduce((sum, place) => sum + place.height + GAP.across, -GAP.across);
+    return { layer, height, above: layer.length === 1 ? layer[0].axis : height / 2 };
+  });
+  const axis = Math.max(0, ...columns.map(({ above }) => above));
+  const below = Math.max(0, ...columns.map(({ height, above }) => height - above));
+  const widths = layers.map((layer) => Math.max(...layer.map((place) => place.width)));
+  const sum = widths.reduce((total, width) => total + width, 0);
+  const gap = Math.max(GAP.along, (least - sum) / (layers.length - 1));
   let x = 0;
-  layers.forEach((layer, index) => {
-    const width = Math.max(...layer.map((place) => place.width));
-    let y = (height - heights[index]) / 2;
+  for (const [index, { layer, above }] of columns.entries()) {
+    const width = widths[index];
+    let y = axis - above;
     for (const place of layer) {
-      place.x = x + width / 2;
-      place.span = width;
-      place.y = y + place.height / 2;
+      Object.assign(place, { x: x + (width - place.width) / 2, y, column: [x, x + width] });
       y += place.height + GAP.across;
     }
-    x += width + GAP.along;
-  });
-  return { width: x - GAP.along, height };
+    x += width + gap;
+  }
+  return { width: Math.max(0, x - gap), height: axis + below, axis };
 }
 
-function finish(places, chains, back, size) {
-  const edges = chains.map(({ edge, stops }) => ({ ...edge, points: points(stops) }));
-  let lane = 0;
+function finish(layers, chains, back, places, size) {
+  // What leads through a frame has its tip where it ends.
+  const through = (place) => !place.node || place.node.inside?.entered;
+  const edges = chains.map(({ edge, stops }) =>
+    ({ ...edge, points: points(stops), through: through(stops.at(-1)) }));
+  let bottom = size.height;
+  let lanes = 0;
   for (const edge of back) {
-    lane += 1;
-    edges.push({ ...edge, loop: true, ...under(places.get(edge.source), places.get(edge.target), size.height, lane) });
+    const [from, to] = [places.get(edge.source), places.get(edge.target)];
+    if (from !== to) lanes += 1;
+    // A node's loop to itself hugs it; those that go back run one below the other.
+    const y = from === to ? from.y + from.height + SELF : size.height + 4 + lanes * GAP.loop;
+    const aside = from === to ? 16 : 4 + 10 * lanes;
+    edges.push({ ...edge, loop: true, points: under(from, to, y, aside) });
+    bottom = Math.max(bottom, y + 4);
   }
-  const nodes = [...places.values()].filter((place) => !place.thin)
+  // In the order in which they are read, and walked through with the keyboard.
+  const nodes = layers.flat().filter((place) => place.node)
     .map(({ node, x, y, width, height }) => ({ ...node, x, y, width, height }));
-  return { nodes, edges, width: size.width, height: size.height + (lane ? lane * GAP.loop + 14 : 0) };
+  const entered = edges.some(({ source }) => source === IN);
+  return { nodes, edges, width: size.width, height: bottom, axis: size.axis, entered };
 }
 
 const points = (stops) =>
-  stops.flatMap(({ x, y, width, span, thin }, index) =>
-    thin ? [[x - span / 2, y], [x + span / 2, y]]
-      : index === 0 ? [[x + width / 2, y]] : [[x - width / 2, y]]);
+  stops.flatMap(({ x, y, width, axis, column, thin }, index) =>
+    thin ? [[column[0], y + axis], [column[1], y + axis]]
+      : index === 0 ? [[x + width, y + axis]] : [[x, y + axis]]);
 
-/** A loop leaves below, runs under everything, and comes back from below. */
-function under(from, to, bottom, lane) {
-  const y = bottom + lane * GAP.loop;
-  const self = from === to;
-  const aside = self ? 20 : 4 + 10 * lane; // loops of one node leave and arrive side by side
-  const start = [from.x + aside, from.y + from.height / 2];
-  const end = [to.x - aside, to.y + to.height / 2];
-  return { points: [start, [start[0], y], [end[0], y], end] };
+/** A loop leaves below, runs at `y`, and comes back from below; `aside` keeps those of one node apart. */
+function under(from, to, y, aside) {
+  const start = [from.x + from.width / 2 + aside, from.y + from.height];
+  const end = [to.x + to.width / 2 - aside, to.y + to.height];
+  return [start, [start[0], y], [end[0], y], end];
 }
 
 /** The points as the `d` of an SVG path. */

@@ -1,6 +1,6 @@
 // The raw lines: as many as there are, of which only those in sight are elements.
 
-import { announce, clock, copyButton, h, say, set } from "./dom.js";
+import { announce, clock, copy, copyButton, h, say, set } from "./dom.js";
 
 const ROW = 22;
 const MARGIN = 10;
@@ -31,11 +31,18 @@ export class Lines {
       class: "lines", tabindex: 0, role: "listbox", "aria-label": "Lines",
       scroll: () => this._scrolled(), keydown: (event) => this._key(event),
     }, this._space);
-    this._detail = h("pre", { class: "detail", tabindex: 0, "aria-label": "The chosen line", hidden: true });
+    this._none = h("p", { class: "hint none", hidden: true }, "No line fits.");
+    this._text = h("pre", { tabindex: 0, "aria-label": "The chosen line" });
+    this._detail = h("div", { class: "detail", hidden: true },
+      h("div", { class: "bar-row" },
+        copyButton("Copy line", () => this._pickedText()),
+        h("button", { type: "button", class: "quiet", click: () => this._unpick() }, "Close")),
+      this._text);
     this.element = h("div", { class: "lines-panel" },
       h("div", { class: "bar-row" }, this._search, this._types, this._node, this._count,
         copyButton("Copy", () => this._shown.map((item) => `${item.text}\n`).join(""))),
-      this._list, this._detail);
+      this._none, this._list, this._detail);
+    this._detail.addEventListener("keydown", (event) => event.key === "Escape" && this._unpick());
     new ResizeObserver(() => this._draw()).observe(this._list);
   }
 
@@ -111,6 +118,8 @@ export class Lines {
     say(this._count, total === this._all.length
       ? `${total.toLocaleString()} lines`
       : `${total.toLocaleString()} of ${this._all.length.toLocaleString()} lines`);
+    this._none.hidden = total > 0 || !this._all.length;
+    this._list.hidden = !this._none.hidden;
     this._space.style.height = `${total * ROW}px`;
     if (this._follow) this._list.scrollTop = this._list.scrollHeight;
     const first = Math.max(0, Math.floor(this._list.scrollTop / ROW) - MARGIN);
@@ -131,6 +140,7 @@ export class Lines {
     if (!row) {
       row = h("div", {
         class: "line", id: `line-${item.seq}`, role: "option", dataset: { type: item.type, seq: item.seq },
+        "aria-label": [item.seq, item.type, item.key, item.attempt > 1 && `attempt ${item.attempt}`].filter(Boolean).join(" "),
         click: () => this._pick(index),
       },
       h("span", { class: "seq" }, item.seq), h("span", { class: "at" }, clock(item.ts)),
@@ -154,11 +164,26 @@ export class Lines {
     const same = this._picked === item.seq;
     this._picked = same ? null : item.seq;
     this._detail.hidden = same;
-    if (!same) say(this._detail, JSON.stringify(JSON.parse(item.text), null, 2));
+    if (!same) say(this._text, JSON.stringify(JSON.parse(item.text), null, 2));
     this._draw();
   }
 
+  _pickedText() {
+    return this._all.find((item) => item.seq === this._picked)?.text ?? "";
+  }
+
+  /** The focus goes back to the list, which the chosen line was chosen from. */
+  _unpick() {
+    this._picked = null;
+    this._detail.hidden = true;
+    this._draw();
+    this._list.focus({ preventScroll: true });
+  }
+
   _key(event) {
+    if (this._picked !== null && event.key === "Escape") this._unpick();
+    const copies = event.key === "c" && (event.ctrlKey || event.metaKey) && getSelection().isCollapsed;
+    if (this._picked !== null && copies) copy(this._pickedText()).then((done) => announce(done ? "Line copied" : "Not allowed to copy"));
     const page = Math.floor(this._list.clientHeight / ROW) - 1;
     const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
     if (!(event.key in steps) || !this._shown.length) return;
@@ -173,7 +198,6 @@ export class Lines {
     if (top < scrollTop) this._list.scrollTop = top;
     if (top + ROW > scrollTop + clientHeight) this._list.scrollTop = top + ROW - clientHeight;
     this._pick(next);
-    announce(`${this._shown[next].type} ${this._shown[next].key ?? ""}`);
   }
 }
 

@@ -31,6 +31,7 @@ export class Reader {
     this._closed = false;
     this._ended = false;
     this._tries = 0;
+    this._askedToWait = 0;
     this._abort = null;
     this._wake = () => {};
     this._online = () => this.retryNow();
@@ -59,7 +60,7 @@ export class Reader {
         this._status(this._ended ? "ended" : "refused", refused ?? {});
         return;
       }
-      const wait = WAITS_MS[Math.min(this._tries++, WAITS_MS.length - 1)];
+      const wait = Math.max(this._askedToWait, WAITS_MS[Math.min(this._tries++, WAITS_MS.length - 1)]);
       this.cuts += 1;
       this._status("waiting", { until: Date.now() + wait, tries: this._tries });
       await this._sleep(wait);
@@ -69,6 +70,7 @@ export class Reader {
 
   /** One connection, read to its end. What the server refuses for good, if it does. */
   async _connect() {
+    this._askedToWait = 0;
     this._abort = new AbortController();
     const silence = new Alarm(() => this._abort.abort(), SILENCE_MS);
     try {
@@ -83,6 +85,9 @@ export class Reader {
         return null;
       }
       if (!response.ok) return await this._refusal(response);
+      const kind = response.headers.get("Content-Type") ?? "nothing";
+      // Something in between may answer in the server's place, a page to log in for instance.
+      if (!kind.startsWith("application/x-ndjson")) return { why: `what answered is not Sereno, it sent ${kind}` };
       const logId = response.headers.get("X-Log-Id");
       if (this._logId !== null && logId !== this._logId) {
         this._startOver();
@@ -100,7 +105,10 @@ export class Reader {
   }
 
   async _refusal(response) {
-    if (response.status >= 500 || response.status === 429) return null;
+    if (response.status >= 500 || [408, 425, 429].includes(response.status)) {
+      this._askedToWait = 1000 * Math.min(60, Number(response.headers.get("Retry-After")) || 0);
+      return null;
+    }
     const problem = await response.json().catch(() => ({}));
     if (problem.code === "cursor_ahead") {
       this._startOver();

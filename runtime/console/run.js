@@ -25,6 +25,8 @@ export class Run {
     this.visits = new Map();
     /** What the drawing shows, by the node's path. */
     this.nodes = new Map();
+    /** The path of the node that was entered last. */
+    this.latest = null;
     /** Messages, custom values and notes, in the order of their first line. */
     this.texts = [];
     /** The seqs of lines that were taken back. */
@@ -84,7 +86,7 @@ const FOLDS = {
     run.status = "running";
     run.recoveries.push({ at, reason: line.data.reason });
     let dropped = 0;
-    for (const { task } of line.data.lost ?? []) {
+    for (const { task } of listed(line.data.lost)) {
       const visit = run.visits.get(task);
       if (visit) {
         closeBar(visit, at, "lost");
@@ -100,6 +102,7 @@ const FOLDS = {
     const visit = visitOf(run, line);
     closeBar(visit, at, "wait");
     visit.attempt = line.attempt;
+    run.latest = visit.key;
     visit.bars.push({ kind: "attempt", from: at, to: null, outcome: null, attempt: line.attempt });
     become(run, visit, "running");
   },
@@ -128,7 +131,7 @@ const FOLDS = {
     settle(run, line, at, "cancelled");
   },
   "call.retrying"(run, line) {
-    const said = line.data.message_ids?.map((id) => run._messages.get(id)).filter(Boolean) ?? [];
+    const said = listed(line.data.message_ids).map((id) => run._messages.get(id)).filter(Boolean);
     const dropped = discard(run, said, 0);
     note(run, line, `${line.data.error_type} in ${line.data.call}; it is called again.${taken(dropped)}`);
   },
@@ -147,6 +150,9 @@ const FOLDS = {
   },
 };
 
+/** A list of a line, unless it was too large for it. */
+const listed = (list) => (Array.isArray(list) ? list : []);
+
 /** The visit of a node that a line is from. */
 function visitOf(run, line) {
   let visit = run.visits.get(line.task);
@@ -154,6 +160,7 @@ function visitOf(run, line) {
     const key = [...line.ns, line.node].join("/");
     visit = {
       task: line.task, node: line.node, key, depth: line.ns.length, step: line.step,
+      parent: line.path.at(-1) ?? null,
       state: null, attempt: line.attempt, attempts: null, bars: [], retryAt: null, error: null,
       durationMs: null,
     };
@@ -273,6 +280,6 @@ function note(run, line, value) {
 const taken = (lines) =>
   lines ? ` What it had said is taken back: ${lines} ${lines === 1 ? "line" : "lines"}.` : "";
 
-/** The text of a message as far as it has come. */
+/** The text of a message as far as it has come; where it is, when it was too large for its line. */
 export const textOf = (message) =>
   message.whole ? message.whole.data.text ?? "" : message.pieces.map((piece) => piece.text).join("");

@@ -1,10 +1,31 @@
 // The view that starts a run: a graph, its input as a form and as JSON, and the curl that does the same.
 
 import * as api from "./api.js";
-import { announce, copyButton, h, quoted, say } from "./dom.js";
+import { announce, copyButton, h, quoted, say, set } from "./dom.js";
 import { Drawing } from "./drawing.js";
-import { formOf } from "./form.js";
+import { FieldError, formOf } from "./form.js";
 import { Run } from "./run.js";
+
+/** What else `POST /v1/runs` takes. */
+const MORE = {
+  type: "object",
+  properties: {
+    deadline_s: { title: "Deadline", type: "number", exclusiveMinimum: 0, maximum: 2_592_000, description: "Seconds from now until the run is timed out, queue and restarts included." },
+    stream: { title: "Recorded", type: "array", uniqueItems: true, items: { enum: ["updates", "messages", "custom", "values"] }, description: "All but values unless said." },
+    metadata: { title: "Metadata", type: "object", description: "Kept with the run." },
+    durability: { title: "Durability", enum: ["sync", "async", "exit"], description: "When checkpoints are written." },
+    config: {
+      title: "Config",
+      type: "object",
+      properties: {
+        configurable: { title: "Configurable", type: "object" },
+        recursion_limit: { title: "Recursion limit", type: "integer", minimum: 1 },
+        max_concurrency: { title: "Max concurrency", type: "integer", minimum: 1 },
+        tags: { title: "Tags", type: "array", items: { type: "string", maxLength: 200 } },
+      },
+    },
+  },
+};
 
 /** The view for a graph; `onStart` gets the run that was started. */
 export async function startView(graphs, graph, { onStart, onChoose }) {
@@ -17,66 +38,127 @@ export async function startView(graphs, graph, { onStart, onChoose }) {
   const json = h("textarea", {
     class: "code", id: "json", rows: 8, spellcheck: "false", input: () => take(readJson, form),
   });
+  const jsonField = plainField("JSON", json);
   const thread = h("input", {
     type: "text", id: "thread", autocomplete: "off", spellcheck: "false", placeholder: "a new one",
-    input: () => renderCurl(),
+    "aria-describedby": "thread-error", input: () => recheck(),
   });
+  const threadError = h("p", { class: "problem", id: "thread-error", hidden: true });
+  const threadField = plainField("Thread", thread, threadError);
   const form = formOf(schema.input, () => take(() => form.read(), null));
+  const context = schema.context && formOf(schema.context, () => recheck(), { name: "context" });
+  const more = formOf(MORE, () => recheck(), { name: "more" });
+  const folded = h("details", { class: "more" }, h("summary", {}, "More"), more.element);
   const button = h("button", { type: "submit", class: "primary" }, "Start the run");
   let input = graph.default_input ?? {};
+  let wrong = null; // what keeps the run from being started
+  let marked = [];
 
   function readJson() {
     try {
       return JSON.parse(json.value);
     } catch (exc) {
-      throw new Error(`This is not JSON: ${exc.message}`);
+      throw new FieldError(jsonField, `this is not JSON: ${exc.message}`);
     }
   }
 
   /** What was written on one side goes to the other side. */
   function take(read, other) {
-    try {
+    recheck(() => {
       input = read();
-      complain(null);
       if (other) other.write(input);
       else json.value = JSON.stringify(input, null, 2);
-    } catch (exc) {
-      complain(exc.message);
+    });
+  }
+
+  function recheck(step = () => {}) {
+    clear();
+    try {
+      step();
+      body();
+    } catch (problem) {
+      if (!(problem instanceof FieldError)) throw problem;
+      wrong = problem;
+      complain(problem.message, [[problem.field, problem.told]]);
     }
-    renderCurl();
+    if (!wrong) say(curl, command());
+    set(curl, "data-old", wrong && "");
   }
 
-  function complain(text) {
-    error.hidden = text === null;
-    say(error, text ?? "");
-    button.disabled = text !== null;
+  function clear() {
+    wrong = null;
+    error.hidden = true;
+    for (const field of marked) field.complain(null);
+    marked = [];
   }
 
-  const body = () => ({ graph: graph.name, input, ...(thread.value && { thread_id: thread.value }) });
+  function complain(text, fields) {
+    error.hidden = false;
+    say(error, text);
+    for (const [field, told] of fields) field.complain(told);
+    marked = fields.map(([field]) => field);
+  }
+
+  function goToWrong() {
+    const [field] = marked;
+    if (!field) return;
+    if (more.element.contains(elementOf(field))) folded.open = true;
+    field.focus();
+  }
+
+  const elementOf = (field) => field.body ?? null;
+
+  const body = () => ({
+    graph: graph.name,
+    input,
+    ...(thread.value && { thread_id: thread.value }),
+    ...(context && filled({ context: context.read() })),
+    ...more.read(),
+  });
 
   const command = () =>
     `curl -N ${quoted(api.address("v1/runs"))} \\\n  -H 'Accept: application/x-ndjson' \\\n  -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(body()))}`;
 
-  function renderCurl() {
-    say(curl, command());
+  /** The field that the server names: `input.topic`, `config.recursion_limit`. */
+  function fieldAt(name) {
+    const [first, ...path] = name.split(".");
+    if (first === "input") return form.json ? jsonField : form.find(path);
+    if (first === "thread_id") return threadField;
+    if (first === "context") return context?.find(path);
+    const found = more.find([first, ...path]);
+    return found === more ? undefined : found;
+  }
+
+  function refused(problem) {
+    const { field, errors = field ? [{ field, message: problem.message.replace(`${field}: `, "") }] : [] } = problem.body ?? {};
+    const fields = errors.map((one) => [fieldAt(one.field), one.message]).filter(([found]) => found);
+    const busy = problem.body?.active_run;
+    clear();
+    complain(problem.message, fields);
+    if (busy) error.append(" ", h("a", { href: `#/runs/${encodeURIComponent(busy)}` }, "Go to that run"), ".");
+    goToWrong();
   }
 
   async function submit(event) {
     event.preventDefault();
     if (button.disabled) return;
+    if (wrong) {
+      goToWrong();
+      return;
+    }
     button.disabled = true;
     try {
       onStart(await api.start(body()));
       announce("The run has started.");
     } catch (problem) {
-      complain(problem.message);
       button.disabled = false;
+      refused(problem);
     }
   }
 
   form.write(input);
   json.value = JSON.stringify(input, null, 2);
-  renderCurl();
+  recheck();
 
   const choice = h("div", { class: "graphs", role: "group", "aria-label": "Graph" }, ...graphs.map(({ name, description }) =>
     h("button", {
@@ -91,12 +173,32 @@ export async function startView(graphs, graph, { onStart, onChoose }) {
       class: "panel", submit, novalidate: true,
       keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && submit(event),
     },
-    h("div", { class: "pair" },
-      h("section", { "aria-label": "Input" }, h("h2", {}, "Input"), form.element),
-      h("section", {}, h("h2", {}, h("label", { for: "json" }, "The same as JSON")), json)),
-    h("div", { class: "field thread" }, h("label", { for: "thread" }, "Thread (optional)"), thread),
+    h("div", { class: form.json ? "" : "pair" },
+      form.json ? null : h("section", { "aria-label": "Input" }, h("h2", {}, "Input"), form.element),
+      h("section", {}, h("h2", {}, h("label", { for: "json" }, form.json ? "Input as JSON" : "The same as JSON")), json)),
+    context ? h("section", { class: "context", "aria-label": "Context" }, h("h2", {}, "Context"), context.element) : null,
+    h("div", { class: "field thread" }, h("label", { for: "thread" }, "Thread (optional)"), thread, threadError),
+    folded,
     error,
     h("div", { class: "bar-row" }, button, h("span", { class: "hint" }, "Ctrl + Enter"))),
     h("section", { class: "panel", "aria-label": "curl" },
-      h("div", { class: "bar-row" }, h("h2", {}, "The same with curl"), copyButton("Copy", command)), curl));
+      h("div", { class: "bar-row" }, h("h2", {}, "The same with curl"), copyButton("Copy", () => curl.textContent)), curl));
 }
+
+/** A control of this view as a field that can be wrong. */
+function plainField(title, control, error = null) {
+  return {
+    title,
+    body: control,
+    complain(text) {
+      set(control, "aria-invalid", text === null ? null : "true");
+      if (!error) return;
+      error.hidden = text === null;
+      say(error, text ?? "");
+    },
+    focus: () => control.focus(),
+  };
+}
+
+const filled = (object) => Object.fromEntries(Object.entries(object).filter(([, value]) =>
+  value !== undefined && (typeof value !== "object" || value === null || Object.keys(value).length)));

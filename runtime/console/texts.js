@@ -1,5 +1,6 @@
 // What the nodes say, as text: messages token by token, custom values, and notes of what was taken back.
 
+import { address } from "./api.js";
 import { h, say, set } from "./dom.js";
 import { textOf } from "./run.js";
 
@@ -53,17 +54,36 @@ export class Texts {
     if (text.kind === "message") {
       const role = text.whole?.data.role;
       say(item.head, [text.key, role && role !== "ai" ? role : "", text.whole?.data.name ?? ""].filter(Boolean).join(" · "));
-      say(item.body, `${textOf(text)}${calls(text.whole)}`);
+      show(item.body, textOf(text), calls(text.whole));
       set(item.element, "data-open", text.whole ? null : "");
       return;
     }
     if (item.head) say(item.head, text.key);
-    say(item.body, text.kind === "note" ? `${text.key ? `${text.key}: ` : ""}${text.value}` : plain(text.value));
+    if (text.kind === "note") say(item.body, `${text.key ? `${text.key}: ` : ""}${text.value}`);
+    else show(item.body, text.value);
   }
 }
 
-const calls = (whole) =>
-  (whole?.data.tool_calls ?? []).map((call) => `\n→ ${call.name}(${JSON.stringify(call.args)})`).join("");
+function show(element, value, more = "") {
+  const link = moved(value);
+  if (link) element.replaceChildren(link, more);
+  else say(element, plain(value) + more);
+}
+
+function calls(whole) {
+  const list = whole?.data.tool_calls;
+  if (moved(list)) return "\n→ calls that are too large for their line";
+  return (list ?? []).map((call) => `\n→ ${call.name}(${JSON.stringify(call.args)})`).join("");
+}
+
+/** What stands for a value that was too large for its line; null for any other value. */
+export function moved(value) {
+  if (typeof value?.bytes !== "number" || Object.keys(value).length !== 2) return null;
+  const size = `${value.bytes.toLocaleString()} bytes`;
+  if (value.$truncated === true) return h("span", { class: "hint" }, `${size}, too large to be kept`);
+  if (!/^\/v1\/runs\/[\w-]+\/data\//.test(value.$ref)) return null;
+  return h("a", { href: address(value.$ref.slice(1)), target: "_blank", rel: "noreferrer" }, `Open ${size}`);
+}
 
 /** A custom value as a person would say it. */
 function plain(value) {

@@ -7,7 +7,7 @@ import { Lines } from "./lines.js";
 import { questionView } from "./question.js";
 import { Reader } from "./reader.js";
 import { Run } from "./run.js";
-import { Texts } from "./texts.js";
+import { Texts, moved } from "./texts.js";
 import { Waterfall } from "./waterfall.js";
 
 const TICK_MS = 100;
@@ -87,6 +87,10 @@ export class Watch {
     this._lines.reset();
     this._stage.replaceChildren();
     this._drawing = null;
+    this._told = null;
+    this._asked = false;
+    this._question.replaceChildren();
+    this._outcome.hidden = true;
     this._soon();
   }
 
@@ -123,9 +127,8 @@ export class Watch {
   }
 
   _pick(node) {
-    const root = node?.split("/")[0] ?? null;
-    this._drawing?.pick?.(root);
-    this._lines.only(node);
+    if (this._drawing?.pick) this._drawing.pick(node);
+    else this._lines.only(node);
   }
 
   _renderHead() {
@@ -160,7 +163,8 @@ export class Watch {
     this._onChange();
     if (!run.over) return;
     this._renderOutcome();
-    if (run.status === "interrupted" && !this._asked) this._ask();
+    // After an answer that does not fit, the run has failed and its thread still asks.
+    if (["interrupted", "error"].includes(run.status) && !this._asked) this._ask();
   }
 
   _renderOutcome() {
@@ -175,7 +179,7 @@ export class Watch {
     this._outcome.replaceChildren(
       h("h2", {}, "Outcome"),
       h("dl", { class: "facts" }, ...numbers.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
-      error ? h("p", { class: "problem" }, [error.error_type ?? error.code, error.node && `in ${error.node}`, error.detail].filter(Boolean).join(" · ")) : "",
+      error ? h("p", { class: "problem" }, moved(error) ?? [error.error_type ?? error.code, error.node && `in ${error.node}`, error.detail].filter(Boolean).join(" · ")) : "",
       status === "cancelled" && result.reason ? h("p", {}, `Reason: ${result.reason}`) : "",
       "output" in result ? outputView(result.output) : "");
   }
@@ -230,11 +234,11 @@ export class Watch {
 }
 
 function outputView(output) {
+  const link = moved(output);
+  if (link) return h("p", { class: "moved" }, h("span", {}, "Output"), link);
   const json = JSON.stringify(output, null, 2);
-  const large = output?.$ref;
   return h("details", { open: json.length < 4000 }, h("summary", {}, "Output"),
-    large ? h("p", {}, h("a", { href: api.address(large.slice(1)) }, `${output.bytes.toLocaleString()} bytes`))
-      : h("pre", { tabindex: 0, "aria-label": "Output" }, json));
+    h("pre", { tabindex: 0, "aria-label": "Output" }, json));
 }
 
 /** The link to a trace, when a template says where traces are kept. */

@@ -5,6 +5,8 @@ import { duration, h, say, set } from "./dom.js";
 /** More rows than this are neither read nor drawn in time; the latest ones are kept. */
 const ROWS = 200;
 const STEPS = [1, 2, 5];
+/** The widest that a letter of the axis is. */
+const LETTER = 7;
 
 export class Waterfall {
   constructor(onPick) {
@@ -38,21 +40,25 @@ export class Waterfall {
   }
 
   _renderAxis(span, recoveries) {
-    const step = tick(span);
-    const marks = [];
-    for (let at = 0; at <= span; at += step) marks.push({ at: at / span, text: at ? duration(at) : "0" });
-    const key = `${span} ${recoveries.length}`;
+    const width = this._axis.clientWidth;
+    const key = `${span} ${recoveries.length} ${width}`;
     if (this._key === key) return;
     this._key = key;
-    this._axis.replaceChildren(...marks.map(({ at, text }) => {
-      const mark = h("span", { class: "tick" }, at < 0.86 ? text : "");
-      mark.style.left = `${at * 100}%`;
-      return mark;
-    }), ...recoveries.map((at) => {
-      const mark = h("span", { class: "tick recovery", title: "taken up again" }, "↻");
-      mark.style.left = `${at * 100}%`;
-      return mark;
-    }));
+    // Marks that came first keep their place; a text that would touch another one is left out.
+    const taken = [];
+    const mark = (at, text, kind) => {
+      const from = at * width;
+      const to = from + text.length * LETTER + 8;
+      const fits = to <= width + 8 && taken.every(([start, end]) => to < start || from > end);
+      if (fits) taken.push([from, to]);
+      const element = h("span", { class: kind }, fits ? text : "");
+      element.style.left = `${at * 100}%`;
+      return element;
+    };
+    const marks = recoveries.map((at) => mark(at, "↻", "tick recovery"));
+    const step = tick(span, width);
+    for (let at = 0; at <= span; at += step) marks.push(mark(at / span, at ? duration(at) : "0", "tick"));
+    this._axis.replaceChildren(...marks);
   }
 
   _renderRow(visit, from, span, now) {
@@ -64,8 +70,9 @@ export class Waterfall {
       const name = h("button", { type: "button", class: "name", click: () => this._onPick(visit) }, visit.node);
       name.style.paddingInlineStart = `${visit.depth * 14 + 6}px`;
       row = { element: h("li", {}, name, lane, time), lane, time, bars: [] };
+      row.element.dataset.depth = visit.depth;
       this._rows.set(visit.task, row);
-      this._list.append(row.element);
+      this._place(row, visit);
     }
     set(row.element, "data-state", visit.state);
     visit.bars.forEach((bar, index) => {
@@ -82,11 +89,19 @@ export class Waterfall {
     row.final = visit.durationMs !== null;
     row.span = span;
   }
+
+  /** Behind all that is in the same visit of a subgraph. */
+  _place(row, { parent, depth }) {
+    let next = this._rows.get(parent)?.element.nextElementSibling ?? null;
+    while (next && Number(next.dataset.depth) >= depth) next = next.nextElementSibling;
+    this._list.insertBefore(row.element, next);
+  }
 }
 
-/** A round number of milliseconds, so that there are at most five of it. */
-function tick(span) {
+/** A round number of milliseconds, so that its marks have room. */
+function tick(span, width) {
+  const most = Math.max(2, Math.min(6, Math.floor(width / (9 * LETTER))));
   for (let power = 1; ; power *= 10) {
-    for (const step of STEPS) if (span / (step * power) <= 5) return step * power;
+    for (const step of STEPS) if (span / (step * power) <= most) return step * power;
   }
 }

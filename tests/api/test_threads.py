@@ -42,6 +42,15 @@ async def test_a_thread_tells_what_comes_next_and_what_it_waits_for(server: Serv
     assert terminal["data"]["next"] == ["ask"]
 
 
+async def test_a_question_comes_with_the_schema_of_its_answer(server: Server) -> None:
+    run_id = await server.ended("asks_fully", thread_id="t")
+    (asked,) = (await state(server))["interrupts"]
+    (told,) = (await server.replay(run_id)).lines()[-1]["data"]["interrupts"]
+
+    assert asked["response_schema"]["properties"] == {"approve": {"type": "boolean"}}
+    assert asked.items() <= told.items()
+
+
 async def test_a_threads_state_can_be_seen_while_it_runs(server: Server, gates: Stage) -> None:
     run_id = await server.start("gated", thread_id="t")
     gates.open("first")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
+import psutil
 import pytest
 from lines import texts
 from playwright.sync_api import Page, expect
@@ -194,8 +195,10 @@ def test_a_cut_in_mid_stream_is_mended_many_times(server: Server, opening: Openi
     def cut(route: Any) -> None:
         nonlocal answers
         answers += 1
-        body = route.fetch().body()
-        route.fulfill(body=body[: 1 + len(body) * 2 // 3] if len(body) > 2000 else body)
+        answer = route.fetch()
+        body = answer.body()
+        cut = body[: 1 + len(body) * 2 // 3] if len(body) > 2000 else body
+        route.fulfill(response=answer, body=cut)
 
     page.route("**/stream?*", cut)
     page.goto(f"{server.url}/#/runs/{run_id}")
@@ -228,29 +231,66 @@ def test_the_page_keeps_what_the_contract_keeps(server: Server, opening: Opening
     assert folded == [texts(log) for log in logs]
 
 
-def test_fifty_thousand_lines_open_in_two_seconds(server: Server, opening: Opening) -> None:
-    size = 50_000
-    run_id = server.submit("talkative", "t", input={"seen": [], "size": size})
-    terminal = server.wait_line(run_id, "run.completed")
-    page = opening()
-    taken = []
-    for _ in range(3):  # the best one counts: others may be using the machine
-        page.evaluate("location.hash = '#/'")
-        page.wait_for_selector(".start")
-        began = time.monotonic()
-        page.evaluate("(id) => { location.hash = `#/runs/${id}`; }", run_id)
-        page.wait_for_selector(f".line[data-seq='{terminal['seq']}']", timeout=30_000)
-        taken.append(time.monotonic() - began)
-    session = page.context.new_cdp_session(page)
-    session.send("HeapProfiler.collectGarbage")
-    session.send("Performance.enable")
-    metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
-    megabytes = metrics["JSHeapUsedSize"] / 2**20
-    print(f"{terminal['seq']} lines: {min(taken):.2f} s, {megabytes:.0f} MB")
+def test_fifty_thousand_lines_open_in_two_seconds_and_hold_less_than_200_megabytes(
+    server: Server, opening: Opening
+) -> None:
+    """What is held is all of the memory that the page's process has for itself: code, heap, and
+    garbage that was not collected yet. What it shares with other processes is not counted."""
+    run_id = server.submit("talkative", "t", input={"seen": [], "size": 50_000})
+    last = server.wait_line(run_id, "run.completed")["seq"]
+    taken, held = [], []
+    for _ in range(3):
+        page = opening()
+        taken.append(opened_in(page, run_id, last))
+        held.append(megabytes(page))
+        assert page.locator(".line").count() < 100
+        page.context.close()
+    print(f"{last} lines: {min(taken):.2f} s, {[round(size) for size in held]} MB")
 
-    assert page.locator(".line").count() < 100
-    assert min(taken) < 2
-    assert megabytes < 200
+    assert min(taken) < 2  # the best one counts: others may be using the machine
+    assert max(held) < 200
+
+
+def test_a_run_that_is_left_is_forgotten(server: Server, opening: Opening) -> None:
+    run_id = server.submit("talkative", "t", input={"seen": [], "size": 20_000})
+    last = server.wait_line(run_id, "run.completed")["seq"]
+    page = opening()
+    session = page.context.new_cdp_session(page)
+
+    def heap() -> float:
+        session.send("HeapProfiler.collectGarbage")
+        return float(session.send("Runtime.getHeapUsage")["usedSize"]) / 2**20
+
+    empty = heap()
+    opened_in(page, run_id, last)
+    one = heap() - empty
+    for _ in range(4):
+        opened_in(page, run_id, last)
+    left = heap() - empty
+
+    assert one > 5, "the lines are not held where it is looked"
+    assert left < 2 * one
+
+
+def opened_in(page: Page, run_id: str, last: int) -> float:
+    """The seconds that it takes to show a run's last line."""
+    page.evaluate("location.hash = '#/'")
+    page.locator(".start").wait_for()
+    began = time.monotonic()
+    page.evaluate("(id) => { location.hash = `#/runs/${id}`; }", run_id)
+    page.locator(f".line[data-seq='{last}']").wait_for()
+    return time.monotonic() - began
+
+
+def megabytes(page: Page) -> float:
+    """Of the largest process that shows a page; the others are spare ones."""
+    browser = page.context.browser
+    assert browser is not None
+    session = browser.new_browser_cdp_session()
+    processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
+    session.detach()
+    pages = [psutil.Process(one["id"]) for one in processes if one["type"] == "renderer"]
+    return max(float(process.memory_full_info().uss) for process in pages) / 2**20
 
 
 def test_lines_are_filtered_by_text_type_and_node(server: Server, opening: Opening) -> None:
@@ -287,7 +327,9 @@ def test_the_form_and_the_json_say_the_same(server: Server, opening: Opening) ->
     sides[0].fill("{")
 
     expect(page.get_by_role("alert")).to_contain_text("not JSON")
-    expect(page.get_by_role("button", name="Start the run")).to_be_disabled()
+    page.get_by_role("button", name="Start the run").click()
+    expect(sides[0]).to_be_focused()
+    assert page.url.endswith("/#/graphs/story")
 
 
 def test_a_refusal_is_told_in_the_servers_words(server: Server, opening: Opening) -> None:

@@ -113,6 +113,11 @@ async def ask(state: Free) -> Free:
     return {"log": [f"answer={interrupt({'question': 'go on?'})}"]}
 
 
+async def ask_fully(state: Free) -> Free:
+    schema = {"type": "object", "properties": {"approve": {"type": "boolean"}}}
+    return {"log": [f"answer={interrupt('go on?', response_schema=schema)}"]}
+
+
 async def ask_left(state: Free) -> Free:
     return {"log": [f"left={interrupt('left?')}"]}
 
@@ -122,6 +127,7 @@ async def ask_right(state: Free) -> Free:
 
 
 asks = _line(ask)
+asks_fully = _line(ask_fully)
 stops = _line(count, ask, interrupt_before=["count"])
 
 
@@ -280,6 +286,6 @@ holds = _line(hold, state=Holding)
 keeps = _line(keep)
 
 NAMES = (
-    "gated free needs asks asks_two stops fails endless grows odd bursts talks looks hides typed"
-    " holds keeps"
+    "gated free needs asks asks_fully asks_two stops fails endless grows odd bursts talks looks"
+    " hides typed holds keeps"
 ).split()
