@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+# First: what FastAPI imports reads variables of OpenTelemetry's at once.
+import telemetry as _telemetry  # noqa: F401
+
+# isort: split
 import asyncio
 import contextlib
 import contextvars

@@ -138,6 +138,7 @@ LineType = Literal[
     "caught_up",
     "error",
 ]
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 SpanResult = Literal["exported", "failed", "dropped_queue_full", "dropped_budget", "sampled_out"]
 #: Parts of telemetry that may fail.
 Part = Literal[
@@ -462,7 +463,7 @@ METRIC_GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "counter",
             "How long did the outermost discarded attempts take?",
             (_GRAPH, _NODE),
-            later="nobody books wasted work yet",
+            later="nobody books wasted time yet",
         ),
         Metric(
             "node_retries_sleeping",
@@ -675,7 +676,8 @@ METRIC_GROUPS: Mapping[str, tuple[Metric, ...]] = {
         Metric(
             "llm_tokens_total",
             "counter",
-            "How many tokens were spent? Booked when the outermost enclosing attempt ends.",
+            "How many tokens were spent? Booked as soon as it is known whether they were in vain: "
+            "kept ones when the outermost attempt around them ends.",
             (
                 _PROVIDER,
                 _MODEL,
@@ -684,7 +686,6 @@ METRIC_GROUPS: Mapping[str, tuple[Metric, ...]] = {
             ),
             profile="llm",
             on_demand=True,
-            later_values=(("discarded", "nobody books wasted work yet"),),
         ),
         Metric(
             "llm_cost_usd_total",
@@ -1133,11 +1134,13 @@ class LogEvent:
     """What the `event` of a log record may be: the type of the line where there is one."""
 
     name: str
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+    level: Level
     help: str
     #: Fields that it has, and those that it may have, besides LOG_FIELDS.
     always: tuple[str, ...] = ()
     sometimes: tuple[str, ...] = ()
+    #: The level of those that another record warns of.
+    quieter: Level | None = None
     #: Why nothing says it yet.
     later: str = ""
 
@@ -1227,9 +1230,11 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
     LogEvent(
         "attempt.failed",
         "WARNING",
-        "An attempt of a node or of a call raised. Has the exception at its innermost attempt.",
+        "An attempt of a node or of a call raised. Has the exception at its innermost attempt. "
+        "INFO when a retry follows: the record of that is the warning.",
         (*_FAILURE, "attempt"),
         ("call", "error"),
+        quieter="INFO",
     ),
     LogEvent(
         "retry.exhausted",
@@ -1255,8 +1260,9 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
     LogEvent(
         "checkpoint.slow",
         "WARNING",
-        "A checkpoint took long.",
-        ("op", "duration_s", "bytes"),
+        "A checkpoint took long. One record a minute at most: `count` is how many were slow since "
+        "the last one, this one among them, and `longest_s` how long the slowest of them took.",
+        ("op", "duration_s", "bytes", "count", "longest_s"),
     ),
     LogEvent(
         "loop.stalled",
@@ -1404,7 +1410,7 @@ def check_logs(records: Iterable[Mapping[str, Any]]) -> list[str]:
             beyond.add(f"undeclared event: {name}")
             continue
         seen.add(name)
-        if record.get("level") != event.level:
+        if record.get("level") not in (event.level, event.quieter):
             beyond.add(f"undeclared level: {name}: {record.get('level')}")
         required = {*LOG_BASE, *event.always}
         allowed = {*LOG_FIELDS, *event.always, *event.sometimes}

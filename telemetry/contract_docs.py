@@ -189,7 +189,7 @@ def _sections() -> Iterator[str]:
         (
             (
                 _code(event.name),
-                event.level,
+                " or ".join(filter(None, (event.level, event.quieter))),
                 _codes(event.always),
                 _codes(event.sometimes),
                 _said(event.help, _later(event.later)),

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import requests
-import structlog
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.environment_variables import (
@@ -29,6 +28,7 @@ from opentelemetry.sdk.environment_variables import (
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from telemetry.environment import number
 from telemetry.selfwatch import Selfwatch
 
 __all__ = ["Exporting", "otlp_exporter"]
@@ -41,8 +41,6 @@ BATCH = 512
 DELAY_MS = 5_000
 #: For one batch, its retries included. The SDK's 10 s would hold up a shutdown.
 TIMEOUT_S = 3.0
-
-_log = structlog.get_logger("telemetry")
 
 
 class Exporting(SpanProcessor):
@@ -58,10 +56,10 @@ class Exporting(SpanProcessor):
         delay_s: float | None = None,
     ) -> None:
         """What is not given is as the OTEL_BSP_* variables say."""
-        self.capacity = capacity or _number(OTEL_BSP_MAX_QUEUE_SIZE, CAPACITY)
-        wanted = batch or _number(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH)
+        self.capacity = capacity or number(OTEL_BSP_MAX_QUEUE_SIZE, CAPACITY)
+        wanted = batch or number(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH)
         self._batch = min(wanted, self.capacity)
-        self._delay_s = delay_s or _number(OTEL_BSP_SCHEDULE_DELAY, DELAY_MS) / 1000
+        self._delay_s = delay_s or number(OTEL_BSP_SCHEDULE_DELAY, DELAY_MS) / 1000
         self._exporter = exporter
         self._selfwatch = selfwatch
         self._queue: deque[ReadableSpan] = deque()
@@ -201,14 +199,3 @@ class _Session(requests.Session):
             raise
         self.outcome = f"HTTP {response.status_code}"
         return response
-
-
-def _number(name: str, default: int) -> int:
-    """A positive number from the environment."""
-    given = os.environ.get(name, "").strip()
-    if not given:
-        return default
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
-    _log.warning("Not a positive number", variable=name, value=given, default=default)
-    return default

@@ -7,7 +7,6 @@ spans come with the same names.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -20,9 +19,10 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from telemetry.contract import OTHER, OVERFLOW
+from telemetry.contract import OTHER
 from telemetry.langchain import Answer
 from telemetry.metrics import Metrics
+from telemetry.names import Names
 from telemetry.segments import Segment, current_segment
 from telemetry.tenacity import was_cancelled
 from telemetry.tracing import Tracing
@@ -31,7 +31,6 @@ __all__ = ["MAX_NAMES", "GenAi"]
 
 #: Models, and tools, that have spans of their own name; a name may be the client's choice.
 MAX_NAMES = 100
-_LONGEST_NAME = 100
 
 ToolOutcome = Literal["success", "error", "interrupted", "cancelled"]
 
@@ -78,9 +77,8 @@ class GenAi:
         self.tool_duration = metrics["tool_duration_seconds"]
         self.llm_duration = metrics["llm_duration_seconds"]
         self.llm_first_chunk = metrics["llm_first_chunk_seconds"]
-        self.llm_tokens = metrics["llm_tokens_total"]
-        self._chat_names = _Names()
-        self._tool_names = _Names()
+        self._chat_names = Names(MAX_NAMES)
+        self._tool_names = Names(MAX_NAMES)
 
     def chat(self, provider: str, model: str | None) -> _Chat | None:
         """A chat model is about to be called. None outside of a run."""
@@ -161,10 +159,14 @@ class _Chat(_Operation):
             genai.llm_first_chunk.observe(self._first_chunk_s, *self._labels)
         if outcome in ("success", "error"):
             genai.llm_duration.observe(took, *self._labels)
-        if outcome == "success" or isinstance(error, GeneratorExit):
-            for field, direction, _ in _USAGE:
-                if tokens := getattr(answer, field):
-                    genai.llm_tokens.inc(*self._labels, direction, "kept", by=tokens)
+        self.segment.spend(
+            {
+                (*self._labels, direction): tokens
+                for field, direction, _ in _USAGE
+                if (tokens := getattr(answer, field))
+            },
+            kept=outcome == "success" or isinstance(error, GeneratorExit),
+        )
 
     def _attributes(self, answer: Answer) -> dict[str, Any]:
         attributes: dict[str, Any] = {}
@@ -208,21 +210,3 @@ def _outcome(error: BaseException) -> ToolOutcome:
     if isinstance(error, GraphBubbleUp | GeneratorExit) or was_cancelled(error):
         return "cancelled"
     return "error"
-
-
-class _Names:
-    """The first MAX_NAMES names as they are, any further one as `__overflow__`."""
-
-    def __init__(self) -> None:
-        self._known: set[str] = set()
-        self._lock = threading.Lock()
-
-    def bounded(self, name: str) -> str:
-        name = name[:_LONGEST_NAME]
-        with self._lock:
-            if name in self._known:
-                return name
-            if len(self._known) >= MAX_NAMES:
-                return OVERFLOW
-            self._known.add(name)
-            return name

@@ -34,18 +34,23 @@ from opentelemetry.sdk._logs.export import (
     LogRecordExportResult,
 )
 from opentelemetry.sdk.environment_variables import (
+    OTEL_BLRP_MAX_EXPORT_BATCH_SIZE,
     OTEL_BLRP_MAX_QUEUE_SIZE,
+    OTEL_BLRP_SCHEDULE_DELAY,
     OTEL_EXPORTER_OTLP_LOGS_TIMEOUT,
     OTEL_EXPORTER_OTLP_TIMEOUT,
 )
 from opentelemetry.sdk.resources import Resource
 
+from telemetry.environment import number
 from telemetry.selfwatch import Selfwatch
 
 __all__ = ["OtlpLogs"]
 
 _TIMEOUT = 3.0  # the SDK's own is 10 s, longer than a shutdown may take
 _QUEUE_MAX = 2048
+_BATCH = 512
+_DELAY_MS = 1_000
 _LONGEST = 16_000
 _LARGEST = 2**63 - 1
 _SAMPLED = trace.TraceFlags(trace.TraceFlags.SAMPLED)
@@ -78,7 +83,7 @@ class OtlpLogs:
         selfwatch: Selfwatch | None = None,
         queue_max: int | None = None,
     ) -> None:
-        self._queue_max = queue_max or _queue_max()
+        self._queue_max = queue_max or number(OTEL_BLRP_MAX_QUEUE_SIZE, _QUEUE_MAX)
         self._selfwatch = selfwatch or Selfwatch()
         self._exporter = _Counting(exporter or _otlp(), self._exported)
         self._provider = LoggerProvider(
@@ -87,7 +92,15 @@ class OtlpLogs:
             log_record_limits=LogRecordLimits(max_log_record_attributes=LogRecordLimits.UNSET),
         )
         self._provider.add_log_record_processor(
-            BatchLogRecordProcessor(self._exporter, max_queue_size=self._queue_max)
+            BatchLogRecordProcessor(
+                self._exporter,
+                schedule_delay_millis=number(OTEL_BLRP_SCHEDULE_DELAY, _DELAY_MS),
+                max_export_batch_size=min(
+                    number(OTEL_BLRP_MAX_EXPORT_BATCH_SIZE, _BATCH), self._queue_max
+                ),
+                export_timeout_millis=0,  # which it reads, and never uses
+                max_queue_size=self._queue_max,
+            )
         )
         logging.getLogger(OTLPLogExporter.__module__).addFilter(_not_given_up)
         self._off = isinstance(self._provider.get_logger(__name__), NoOpLogger)
@@ -227,13 +240,6 @@ def _otlp() -> LogRecordExporter:
     timeouts = (OTEL_EXPORTER_OTLP_LOGS_TIMEOUT, OTEL_EXPORTER_OTLP_TIMEOUT)
     given = any(os.environ.get(name) for name in timeouts)
     return OTLPLogExporter(timeout=None if given else _TIMEOUT)
-
-
-def _queue_max() -> int:
-    try:
-        return int(os.environ.get(OTEL_BLRP_MAX_QUEUE_SIZE, _QUEUE_MAX))
-    except ValueError:
-        return _QUEUE_MAX
 
 
 def _record(fields: dict[str, Any]) -> LogRecord:

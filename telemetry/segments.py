@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,6 +51,8 @@ __all__ = ["Segment", "Segments", "current_segment"]
 
 #: The segment that the current code belongs to.
 current_segment: ContextVar[Segment | None] = ContextVar("sereno_segment", default=None)
+#: Provider, model and direction, as `llm_tokens_total` has them.
+Spender = tuple[str, str, str]
 #: The innermost attempt, of a node or of a call, around the current code.
 _inside: ContextVar[_Inside | None] = ContextVar("sereno_inside", default=None)
 
@@ -109,11 +112,15 @@ class _Node:
 class _Inside:
     """A span that is current in a body; knows what was current around it."""
 
-    __slots__ = ("before", "began", "number", "outer", "span")
+    __slots__ = ("before", "began", "kept", "number", "outer", "span", "spent")
 
     def __init__(self, span: Span, number: int) -> None:
         self.span = span
         self.number = number
+        #: Whether what it made counts; None until it has ended.
+        self.kept: bool | None = None
+        #: What its models spent that is not booked yet.
+        self.spent: Counter[Spender] = Counter()
         self.began = time.perf_counter()
         self.outer: _Inside | None = None
         self.before: otel_context.Context | None = None
@@ -211,6 +218,7 @@ class Segments:
         self.call_duration = metrics["call_attempt_duration_seconds"]
         self.call_backoff = metrics["call_backoff_seconds_total"]
         self.calls_sleeping = metrics["call_retries_sleeping"]
+        self.tokens = metrics["llm_tokens_total"]
 
     def graph(self, name: str) -> None:
         """Begin the gauges of a served graph that are read at scrape time."""
@@ -422,6 +430,21 @@ class Segment:
         if cached:
             self._all.nodes_cached.inc(self.graph, label)
 
+    def spend(self, tokens: Mapping[Spender, int], *, kept: bool) -> None:
+        """A model was called here; not `kept` when its answer is of no use already."""
+        with self._lock:
+            self._spend(tokens, kept, _inside.get())
+
+    def _spend(self, tokens: Mapping[Spender, int], kept: bool, inside: _Inside | None) -> None:
+        """Book tokens as soon as it is known whether an attempt around them was in vain."""
+        while kept and inside is not None:
+            if inside.kept is None:
+                inside.spent.update(tokens)
+                return
+            kept, inside = inside.kept, inside.outer
+        for spender, count in tokens.items():
+            self._all.tokens.inc(*spender, "kept" if kept else "discarded", by=count)
+
     # What the seam tells.
 
     def __call__(self, seen: Observation) -> None:
@@ -530,7 +553,7 @@ class Segment:
         which = "first" if attempt.number == 1 else "retry"
         everything.attempts.inc(self.graph, node.label, which, outcome)
         everything.attempt_duration.observe(duration, self.graph, node.label)
-        self._finish(span, outcome)
+        self._finish(attempt, outcome)
         if outcome in _FAILED:
             assert error is not None
             everything.attempt_failures.inc(self.graph, node.label, classify(error))
@@ -660,7 +683,7 @@ class Segment:
         everything.call_attempts.inc(self.graph, call.name, which, outcome)
         duration = time.perf_counter() - call.began
         everything.call_duration.observe(duration, self.graph, call.name)
-        self._finish(span, outcome)
+        self._finish(call, outcome)
         if outcome in _FAILED:
             everything.call_failures.inc(self.graph, call.name, classify(error))
             node = visit.label if visit is not None else None
@@ -695,7 +718,10 @@ class Segment:
     def _reason(self) -> str:
         return self.stopping or "sibling_failed"
 
-    def _finish(self, span: Span, outcome: AttemptOutcome) -> None:
+    def _finish(self, attempt: _Inside, outcome: AttemptOutcome) -> None:
+        attempt.kept = outcome == "success"
+        self._spend(attempt.spent, True, attempt)
+        span = attempt.span
         span.set_attribute("sereno.attempt.outcome", outcome)
         span.set_attribute("sereno.attempt.will_retry", outcome == "retried")
         if outcome == "cancelled":
@@ -727,7 +753,9 @@ class Segment:
         if message is not None:
             fields["error"] = message
         log = everything.log
-        log.warning(
+        # Of a retried one `node.retrying`, or `call.retrying`, is the warning.
+        tell = log.info if outcome == "retried" else log.warning
+        tell(
             "Attempt failed",
             event_type="attempt.failed",
             exc_info=error if owner and message is not None else None,

@@ -13,7 +13,7 @@ from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor, HTTPXC
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.trace import SpanContext
 
-from telemetry import logs
+from telemetry import IGNORED, logs
 from telemetry.admin import Admin
 from telemetry.genai import GenAi
 from telemetry.health import Liveness
@@ -69,6 +69,8 @@ class Telemetry:
 
     def __init__(self, config: TelemetryConfig | None = None) -> None:
         self.config = config = config or TelemetryConfig()
+        for variable in IGNORED:
+            variable.tell()
         self.metrics = Metrics(max_series=config.max_series)
         self.recorder = Recorder(config.recorder_spans)
         self.selfwatch = Selfwatch(self.metrics)

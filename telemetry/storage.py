@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token, copy_context
@@ -21,6 +23,8 @@ Op = Literal["put", "get", "list"]
 
 #: Seconds from which on an operation is told of by a span and a record.
 SLOW_S = 0.25
+#: Seconds between two of these records: a stall makes all operations slow that it meets.
+PAUSE_S = 60.0
 #: Backends whose `db.system.name` the semantic conventions know.
 _SYSTEMS = frozenset(("sqlite", "postgresql"))
 #: The `code` of an error that says that the writer's lease is gone.
@@ -98,10 +102,19 @@ class StorageTelemetry(StorageObserver):
         tracing: Tracing | None = None,
         *,
         slow_s: float = SLOW_S,
+        pause_s: float = PAUSE_S,
+        clock: Callable[[], float] = time.monotonic,
         identify: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._tracing = tracing
         self._slow_s = slow_s
+        self._pause_s = pause_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        #: When a slow one was told of; how many there were since, and what the slowest took.
+        self._told = -math.inf
+        self._slow = 0
+        self._longest_s = 0.0
         self._identify = identify
         self._log = structlog.get_logger("telemetry")
         self._commits = metrics["log_commit_seconds"]
@@ -160,15 +173,28 @@ class StorageTelemetry(StorageObserver):
                 error=error_type(error) if error is not None else None,
             )
         if seconds >= self._slow_s:
-            self._log.warning(
-                "Checkpoint slow",
-                event_type="checkpoint.slow",
-                op=operation.op,
-                duration_s=round(seconds, 3),
-                bytes=operation.size,
-                run_id=operation.run.get("sereno.run.id"),
-                thread_id=operation.run.get("sereno.thread.id"),
-            )
+            self._warn(operation, seconds)
+
+    def _warn(self, operation: _Observed, seconds: float) -> None:
+        now = self._clock()
+        with self._lock:
+            self._slow += 1
+            self._longest_s = max(self._longest_s, seconds)
+            if now - self._told < self._pause_s:
+                return
+            count, longest_s = self._slow, self._longest_s
+            self._told, self._slow, self._longest_s = now, 0, 0.0
+        self._log.warning(
+            "Checkpoint slow",
+            event_type="checkpoint.slow",
+            op=operation.op,
+            duration_s=round(seconds, 3),
+            bytes=operation.size,
+            count=count,
+            longest_s=round(longest_s, 3),
+            run_id=operation.run.get("sereno.run.id"),
+            thread_id=operation.run.get("sereno.thread.id"),
+        )
 
 
 class _Observed(Operation):

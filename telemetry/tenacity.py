@@ -28,6 +28,7 @@ from langgraph.errors import GraphBubbleUp, GraphInterrupt, ParentCommand
 from tenacity import AsyncRetrying, AttemptManager, BaseRetrying, DoAttempt, DoSleep, RetryCallState
 
 from telemetry.langgraph import SeamMismatch, current_attempt, notify
+from telemetry.names import Names
 from telemetry.observations import (
     AttemptOutcome,
     CallAttemptEnded,
@@ -39,8 +40,6 @@ from telemetry.observations import (
 
 __all__ = [
     "MAX_CALLS",
-    "OVERFLOW",
-    "current_call",
     "install",
     "open_calls",
     "uninstall",
@@ -49,8 +48,6 @@ __all__ = [
 
 #: Distinct names of calls in this process; the call is a metric label.
 MAX_CALLS = 100
-#: The name of every further one.
-OVERFLOW = "__overflow__"
 
 _OPERATION = "_sereno_operation"
 
@@ -70,23 +67,12 @@ _VERDICT = {"is_explicit_retry", "retry_run_result", "stop_run_result"}
 
 _installed: list[tuple[type, str, object]] = []
 _install_lock = threading.Lock()
-_names: set[str] = set()
-_names_lock = threading.Lock()
+_names = Names(MAX_CALLS)
 _log = structlog.get_logger("telemetry")
 
 #: `call_id` of each retried call around the current code, outermost first: a retry of any of them
 #: discards what is made here. In a back-off the call is not among them.
 open_calls: ContextVar[tuple[str, ...]] = ContextVar("sereno_calls", default=())
-
-
-class _CurrentCall:
-    def get(self) -> str | None:
-        """The innermost of the open calls."""
-        calls = open_calls.get()
-        return calls[-1] if calls else None
-
-
-current_call = _CurrentCall()
 
 
 def install(*, guard: bool = True) -> None:
@@ -121,8 +107,7 @@ def uninstall() -> None:
         while _installed:
             owner, name, original = _installed.pop()
             setattr(owner, name, original)
-    with _names_lock:
-        _names.clear()
+    _names.clear()
 
 
 def _patch(owner: type, name: str, value: object) -> None:
@@ -220,7 +205,7 @@ class _Operation:
         self._who: dict[str, Any] = {
             "visit": attempt.visit if attempt is not None else None,
             "node_attempt": attempt.number if attempt is not None else None,
-            "call": _bounded(_call_name(state, node)),
+            "call": _names.bounded(_call_name(state, node)),
             "call_id": uuid.uuid4().hex,
         }
         self._calls: tuple[str, ...] = ()
@@ -342,13 +327,3 @@ def _call_name(state: Any, node: str | None) -> str:
     # A file that was loaded under a private name says by which one it is known.
     known = getattr(module, "sereno_module", None)
     return f"{known or function.__module__}.{function.__qualname__}"
-
-
-def _bounded(name: str) -> str:
-    with _names_lock:
-        if name in _names:
-            return name
-        if len(_names) >= MAX_CALLS:
-            return OVERFLOW
-        _names.add(name)
-        return name

@@ -120,6 +120,7 @@ class Tracing:
         self._closing = threading.Lock()
         if not self.enabled:
             self.provider: trace.TracerProvider = NoOpTracerProvider()
+            self._selfwatch.watch(self.live, None)
             return
         provider = self._provider = TracerProvider(
             sampler=ALWAYS_ON,

@@ -177,8 +177,15 @@ class Watched:
         """Ids of the parents of the spans whose name begins so."""
         return [span.parent.span_id for span in self.spans(name) if span.parent is not None]
 
-    def tokens(self, direction: str, model: str = "other", provider: str = "talker") -> float:
-        return self.metrics["llm_tokens_total"].value(provider, model, direction, "kept")
+    def tokens(
+        self,
+        direction: str,
+        model: str = "other",
+        provider: str = "talker",
+        *,
+        result: str = "kept",
+    ) -> float:
+        return self.metrics["llm_tokens_total"].value(provider, model, direction, result)
 
     def tool_calls(self, name: str, outcome: str) -> float:
         return self.metrics["tool_duration_seconds"].value("g", name, outcome)
@@ -507,6 +514,73 @@ async def test_a_stream_that_breaks_off_is_an_error_and_spends_nothing_twice(
     assert (first.attributes or {})["gen_ai.usage.input_tokens"] == 11
     assert second.status.status_code is StatusCode.UNSET
     assert watched.tokens("input") == 11
+    assert watched.tokens("input", result="discarded") == 11
+    assert watched.tokens("output", result="discarded") == 1
+
+
+async def test_tokens_of_a_failed_attempt_of_a_node_are_discarded(watched: Watched) -> None:
+    booked: list[float] = []
+    answers = iter([ConnectionError("afterwards"), None])
+
+    async def node(state: State) -> State:
+        await Talker().ainvoke("hi")
+        booked.append(watched.tokens("output") + watched.tokens("output", result="discarded"))
+        if (error := next(answers)) is not None:
+            raise error
+        return {}
+
+    policy = RetryPolicy(max_attempts=2, initial_interval=0.001, jitter=False)
+    await watched.run(graph_of(node, retry_policy=policy))
+
+    assert booked == [0, 7]  # what is still open is not booked yet
+    assert watched.tokens("output", result="discarded") == 7
+    assert watched.tokens("output") == 7
+
+
+async def test_tokens_are_discarded_with_any_attempt_around_them(watched: Watched) -> None:
+    """A call's second attempt succeeds inside of a subgraph whose calling attempt fails."""
+    calls = iter([ConnectionError("of the call"), None, None])
+    outer = iter([ConnectionError("of the node"), None])
+
+    @tenacity.retry(stop=tenacity.stop_after_attempt(2), wait=tenacity.wait_none())
+    async def ask() -> None:
+        await Talker().ainvoke("hi")
+        if (error := next(calls)) is not None:
+            raise error
+
+    async def inner(state: State) -> State:
+        await ask()
+        return {}
+
+    async def node(state: State) -> State:
+        await graph_of(inner).ainvoke({})
+        if (error := next(outer)) is not None:
+            raise error
+        return {}
+
+    policy = RetryPolicy(max_attempts=2, initial_interval=0.001, jitter=False)
+    await watched.run(graph_of(node, retry_policy=policy))
+
+    assert len(watched.spans("chat")) == 3
+    assert watched.tokens("input", result="discarded") == 22
+    assert watched.tokens("input") == 11
+
+
+async def test_tokens_of_what_ends_after_its_attempt_are_discarded_as_that_was(
+    watched: Watched,
+) -> None:
+    late: list[asyncio.Task[Any]] = []
+
+    async def node(state: State) -> State:
+        late.append(asyncio.create_task(Talker().ainvoke("hi")))
+        raise ConnectionError("at once")
+
+    with suppress(ConnectionError):
+        await watched.run(graph_of(node))
+    await asyncio.gather(*late)
+
+    assert watched.tokens("output", result="discarded") == 7
+    assert watched.tokens("output") == 0
 
 
 async def test_fanned_out_calls_hang_below_their_own_attempts(watched: Watched) -> None:

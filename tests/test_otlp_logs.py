@@ -17,6 +17,7 @@ from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
 from opentelemetry.sdk._logs import ReadableLogRecord
 from opentelemetry.sdk._logs.export import LogRecordExporter, LogRecordExportResult
 from opentelemetry.sdk.resources import Resource
+from structlog.testing import capture_logs
 
 from telemetry import logs
 from telemetry.otlp_logs import OtlpLogs
@@ -231,6 +232,25 @@ def test_the_collector_is_where_the_standard_variables_say(
     assert exporter._endpoint == "http://logs.invalid/v1/logs"
     assert exporter._client._timeout == 3
     assert sink._queue_max == 600
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        pytest.param("OTEL_BLRP_MAX_QUEUE_SIZE", "100", 0, id="smaller than a batch"),
+        pytest.param("OTEL_BLRP_MAX_QUEUE_SIZE", "-1", 1, id="queue"),
+        pytest.param("OTEL_BLRP_MAX_EXPORT_BATCH_SIZE", "many", 1, id="batch"),
+        pytest.param("OTEL_BLRP_SCHEDULE_DELAY", "-1", 1, id="delay"),
+    ],
+)
+def test_a_number_that_the_sdk_would_refuse_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: int
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with capture_logs() as records:
+        OtlpLogs(Resource({})).finish()
+
+    assert [record["variable"] for record in records] == [variable] * told
 
 
 # What is not sent

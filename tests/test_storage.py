@@ -115,13 +115,14 @@ class TestCheckpoints:
         assert span.status.status_code is StatusCode.UNSET
         assert 0 <= span.end_time - span.start_time < 5e9
         (record,) = records
-        assert record.pop("duration_s") >= 0
+        assert record.pop("duration_s") == record.pop("longest_s") >= 0
         assert record == {
             "event": "Checkpoint slow",
             "log_level": "warning",
             "event_type": "checkpoint.slow",
             "op": "put",
             "bytes": 300,
+            "count": 1,
             "run_id": "r1",
             "thread_id": "t1",
         }
@@ -201,6 +202,31 @@ class TestCheckpoints:
 
         assert metrics["telemetry_internal_errors_total"].value("storage") == 1
         tracing.close()
+
+    def test_a_stall_that_makes_many_slow_is_told_once_and_counted(
+        self, metrics: Metrics, tracing: Tracing, exporter: InMemorySpanExporter
+    ) -> None:
+        now = 1_000.0
+        telemetry = StorageTelemetry(metrics, tracing, slow_s=0.0, pause_s=60, clock=lambda: now)
+
+        def put() -> None:
+            with telemetry.checkpoint("put", "sqlite", RUN):
+                pass
+
+        with capture_logs() as records:
+            for _ in range(50):
+                put()
+            now += 59
+            put()
+            assert [record["count"] for record in records] == [1]
+            now += 1
+            put()
+            put()
+
+        assert [record["count"] for record in records] == [1, 51]
+        assert records[1]["longest_s"] >= records[1]["duration_s"]
+        assert metrics["checkpoint_duration_seconds"].value("put", "sqlite") == 53
+        assert len(told(exporter)) == 53
 
     def test_without_tracing_the_record_is_still_there(self, metrics: Metrics) -> None:
         with (

@@ -41,7 +41,7 @@ from telemetry.observations import (
     CallRetrying,
     Observation,
 )
-from telemetry.tenacity import MAX_CALLS, OVERFLOW, current_call, open_calls
+from telemetry.tenacity import MAX_CALLS, open_calls
 
 #: Decorated when this module is imported, before anything is installed.
 SLEEPS: list[object] = []
@@ -548,7 +548,7 @@ class TestNames:
 
         names = [o.call for o in seen.observations if isinstance(o, CallAttemptStarted)]
         assert names[MAX_CALLS - 1] == f"user {MAX_CALLS - 1}"
-        assert names[MAX_CALLS:] == [OVERFLOW] * 3
+        assert names[MAX_CALLS:] == ["__overflow__"] * 3
         for attempt in Retrying(name="user 0"):
             with attempt:
                 pass
@@ -563,14 +563,13 @@ class TestOpenCalls:
         @retry
         def inner() -> None:
             inside.append(open_calls.get())
-            assert current_call.get() == inside[-1][-1]
 
         @retry(sleep=lambda seconds: inside.append(open_calls.get()))
         def outer() -> None:
             inner()
             flaky()
 
-        assert current_call.get() is None
+        assert open_calls.get() == ()
         outer()
 
         outer_id, first = inside[0]
@@ -580,14 +579,14 @@ class TestOpenCalls:
 
     async def test_a_call_is_known_in_its_threads_and_tasks(self, seen: Seen) -> None:
         @retry
-        async def call() -> set[str | None]:
-            async def task() -> str | None:
-                return current_call.get()
+        async def call() -> set[tuple[str, ...]]:
+            async def task() -> tuple[str, ...]:
+                return open_calls.get()
 
-            thread = await asyncio.to_thread(current_call.get)
-            return {thread, await asyncio.create_task(task()), current_call.get()}
+            thread = await asyncio.to_thread(open_calls.get)
+            return {thread, await asyncio.create_task(task()), open_calls.get()}
 
-        assert await call() == {seen.observations[0].call_id}
+        assert await call() == {(seen.observations[0].call_id,)}
 
 
 class State(TypedDict, total=False):

@@ -474,7 +474,12 @@ def test_an_operator_names_the_service(monkeypatch: pytest.MonkeyPatch, kept: Ke
 def test_tracing_can_be_off(monkeypatch: pytest.MonkeyPatch, kept: Kept, how: str) -> None:
     if how == "variable":
         monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    tracing = Tracing(processors=[kept], enabled=False if how == "argument" else None)
+    metrics = Metrics()
+    tracing = Tracing(
+        processors=[kept],
+        enabled=False if how == "argument" else None,
+        selfwatch=Selfwatch(metrics),
+    )
     span = tracing.start("a", parent=new_context())
     set_error(span, ValueError(), messages=True)
     span.end()
@@ -489,7 +494,10 @@ def test_tracing_can_be_off(monkeypatch: pytest.MonkeyPatch, kept: Kept, how: st
     assert tracing.live() == 0
     assert tracing.open_spans("01RUN") == []
     assert not tracing.make_global()
+    for gauge in ("live_spans", "span_queue", "span_queue_capacity"):
+        assert metrics[f"telemetry_{gauge}"].value() == 0
     tracing.close()
+    metrics.close()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def board() -> dashboard.Dashboard:
         lines(
             3,
             "Share of time asleep",
-            "Seconds of back-off for each second of a graph's runs.",
+            "Of the time that a graph's nodes take, the part that they sleep before a retry.",
             "percentunit",
             Query(f"graph:sereno_node_backoff:ratio_rate5m{{{_JOB_GRAPH}}}", "{{graph}}"),
             steps=((None, GREEN), (0.2, ORANGE)),

@@ -27,11 +27,19 @@ def total(name: str, where: str = HERE, by: str = "") -> str:
 
 
 def rate(name: str, where: str = HERE, by: str = "") -> str:
-    """What a counter counts, or a histogram observes, per second."""
+    """What a counter counts, or a histogram observes, per second.
+
+    PromQL's `rate` does not see a series begin. One that is made on demand begins with the first
+    failure: it counts from nothing where the last hour has none of it.
+    """
     counted = metric(name, where)
     if _DECLARED[name].type == "histogram":
         counted = counted.replace("{", "_count{", 1)
-    return f"sum{_by(by)} (rate({counted}[$__rate_interval]))"
+    each = f"rate({counted}[$__rate_interval])"
+    if _DECLARED[name].on_demand:
+        before = f"last_over_time({counted}[1h] offset $__rate_interval)"
+        each = f"({counted} unless {before}) / ($__rate_interval_ms / 1000) or {each}"
+    return f"sum{_by(by)} ({each})"
 
 
 def quantile(q: float, name: str, where: str = HERE, by: str = "") -> str:

@@ -80,5 +80,7 @@ def queries(folder: Path = GRAFANA) -> Iterator[Query]:
 
 def filled(expr: str, interval: str = "1m", values: Mapping[str, str] = EVERYTHING) -> str:
     """An expression as Grafana would send it, with its variables filled in."""
+    milliseconds = int(interval[:-1]) * {"s": 1_000, "m": 60_000}[interval[-1]]
+    expr = expr.replace("$__rate_interval_ms", str(milliseconds))
     expr = expr.replace("$__rate_interval", interval)
     return re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], expr)

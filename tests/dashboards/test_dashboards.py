@@ -136,8 +136,25 @@ def test_a_panel_asks_only_for_label_values_that_can_be(query: Query) -> None:
 @pytest.mark.parametrize("query", PROMQL, ids=identify)
 def test_rates_are_over_the_interval_that_grafana_knows_to_be_long_enough(query: Query) -> None:
     for function, window in named(query.expr).windows:
+        if function == "last_over_time":  # of what begins with the first failure, not a rate
+            assert window == "1h"
+            continue
         assert function in ("rate", "increase")
         assert window == "$__rate_interval"
+
+
+@pytest.mark.parametrize("query", PROMQL, ids=identify)
+def test_what_may_not_exist_before_its_first_failure_counts_from_nothing(query: Query) -> None:
+    """`rate` does not see a series begin."""
+    counters = {
+        contract.PREFIX + m.name + ("_count" if m.type == "histogram" else "")
+        for m in contract.METRICS
+        if m.on_demand
+    }
+    for selector in re.findall(r"rate\((\w+\{[^}]*\})\[", query.expr):
+        if selector.partition("{")[0] in counters:
+            first = f"{selector} unless last_over_time({selector}[1h] offset $__rate_interval)"
+            assert f"({first}) / ($__rate_interval_ms / 1000) or rate({selector}[" in query.expr
 
 
 def test_every_metric_is_on_a_panel_or_waived_with_a_reason() -> None:

@@ -308,6 +308,8 @@ def check_records(observed: Observed) -> None:
         )
         for record in records
     } == failed
+    for record in records:  # of two records about one failure one warns
+        assert record["log_level"] == ("info" if record["outcome"] == "retried" else "warning")
 
 
 every_scenario = pytest.mark.parametrize("name", sorted(SCENARIOS))

@@ -130,6 +130,26 @@ def test_a_bad_option_is_named_without_a_traceback(
     assert "Traceback" not in server.output
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_PROPAGATORS", "nonsense"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "x"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "not-a-url"),
+    ],
+)
+def test_a_variable_of_opentelemetry_that_cannot_be_read_is_told_and_ignored(
+    serving: Callable[..., Server], variable: str, value: str
+) -> None:
+    server = serving(forked=False, **{variable: value}).start()
+
+    assert server.lines(server.submit("short", "t"))[-1]["type"] == "run.completed"
+    (told,) = server.logged("Variable ignored")
+    assert (told["variable"], told["value"]) == (variable, value)
+    assert told["remedy"]
+    assert "Traceback" not in server.output
+
+
 def test_an_open_host_is_served_with_insecure(serving: Callable[..., Server]) -> None:
     server = serving().start("--host", "0.0.0.0", "--insecure")
 
