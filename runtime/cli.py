@@ -6,47 +6,39 @@ import asyncio
 import contextlib
 import json
 import os
-import shlex
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx2
 import orjson
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from runtime.cli_client import (
+    DEFAULT_URL,
+    Follower,
+    Refused,
+    Server,
+    Trouble,
+    path_of,
+)
 from runtime.cli_screen import Screen
+from runtime.cli_surroundings import Surroundings
 from runtime.cli_top import TYPES, Keys, Top, rows_of, watch
 from runtime.cli_trace import waterfall
-from runtime.cli_view import Line, Plain, RunView, View, clean, graphs_table, runs_table
+from runtime.cli_view import Line, View, clean, graphs_table, runs_table
 from runtime.errors import SerenoError, StartupError
 from runtime.model import DEFAULT_MODES, MODES
 from runtime.monitoring import Edited, write
 
-__all__ = ["Surroundings", "app", "main"]
-
-DEFAULT_URL = "http://127.0.0.1:8009"
-NDJSON = "application/x-ndjson"
-#: Seconds before each try to reconnect; a restart with its drain fits in.
-BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0)
-#: A connection that lasted this long was a good one: the count of tries begins anew.
-STEADY_S = 10.0
-#: Silence after which a connection is given up; heartbeats come every 10 s.
-SILENCE_S = 60.0
-#: Answers of a server or proxy that is about to be back.
-TRANSIENT = (429, 502, 503, 504)
-#: Most rows of one request for runs.
-PAGE = 100
+__all__ = ["app", "main"]
 
 PREFIX = "SERENO_"
 #: Variables with the settings' prefix that others read: this command line, images, `resilient`.
@@ -63,46 +55,6 @@ OTHER_VARIABLES = (
 CANCELLED, UNREAD = 130, 141
 #: Exit codes by the status that a run ended with; 1 for every other.
 EXIT_CODES: Mapping[str, int] = {"success": 0, "interrupted": 3, "cancelled": CANCELLED}
-
-
-class Trouble(Exception):
-    """What stops a command, in one line: something that it was told."""
-
-    exit_code = 2
-
-
-class Refused(Trouble):
-    """The server is there and said no."""
-
-    exit_code = 4
-
-
-class NoServer(Trouble):
-    """Nobody answers there, or it is not Sereno who does."""
-
-    exit_code = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What commands touch outside of themselves; tests give their own as the context's object."""
-
-    transport: httpx2.BaseTransport | None = None
-    sleep: Callable[[float], None] = time.sleep
-    clock: Callable[[], float] = time.time
-    #: Where to draw; None asks whether stdout is a terminal.
-    console: Console | None = None
-
-    def screen(self, as_json: bool) -> Console | None:
-        """The terminal, unless the output is for a program."""
-        if as_json:
-            return None
-        return self.console or (Screen() if sys.stdout.isatty() else None)
-
-    def view(self, as_json: bool, command: Callable[..., str] | None = None) -> View:
-        """Where a run is shown; `command` makes the command lines that it names."""
-        screen = self.screen(as_json)
-        return Plain() if screen is None else RunView(screen, self.clock, command)
 
 
 class _Commands(TyperGroup):
@@ -247,12 +199,12 @@ def run(
         _run_here(view, graph, body.get("input"), thread, modes, config)
     if config is not None:
         raise Trouble("--config: is for --local; the server at --url has its own graphs")
-    server = _Server.of(ctx, url)
+    server = Server.of(ctx, url)
     if input is None:
         body["input"] = _default_input(server, graph)
     optional = {"thread_id": thread, "stream": modes, "deadline_s": deadline}
     body |= {name: value for name, value in optional.items() if value is not None}
-    _watch(_Follower.of_new_run(server, "/v1/runs", body), as_json)
+    _watch(Follower.of_new_run(server, "/v1/runs", body), as_json)
 
 
 @app.command()
@@ -268,8 +220,8 @@ def tail(
     """Watch a run. It is shown from its first line or a cursor on; exit codes as of `run`."""
     if not after.isdecimal() and after != "latest":
         raise Trouble(f"--after: {after!r} is neither a line's seq nor `latest`")
-    server = _Server.of(ctx, url)
-    _watch(_Follower.of_run(server, run, after), as_json)
+    server = Server.of(ctx, url)
+    _watch(Follower.of_run(server, run, after), as_json)
 
 
 @app.command()
@@ -295,18 +247,23 @@ def answer(
     Examples: sereno answer THREAD yes; sereno answer THREAD '{"approved": true}'
     """
     given = value if text else _answer(value)
-    server = _Server.of(ctx, url)
+    server = Server.of(ctx, url)
     thread = asked
-    with contextlib.suppress(Refused):  # then it is a thread
-        thread = server.get(_path(asked), "thread_id")["thread_id"]
-    _watch(_Follower.of_new_run(server, _resume(thread), {"resume": given}), as_json)
+    try:
+        run = server.get(path_of(asked), "thread_id")
+    except Refused as exc:
+        if exc.status != httpx2.codes.NOT_FOUND:
+            raise
+    else:
+        thread, given = run["thread_id"], _bound(given, run.get("result") or {})
+    _watch(Follower.of_new_run(server, _resume(thread), {"resume": given}), as_json)
 
 
 @app.command()
 def trace(ctx: typer.Context, run: RunId, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """Show where a run's time went. Nodes, attempts and the pauses between them, to scale."""
-    server = _Server.of(ctx, url)
-    answer = server.get(f"{_path(run)}/trace", "resourceSpans")
+    server = Server.of(ctx, url)
+    answer = server.get(f"{path_of(run)}/trace", "resourceSpans")
     if as_json:
         _print_json(answer)
         return
@@ -338,12 +295,12 @@ def ps(
     as_json: Json = False,
 ) -> None:
     """List runs, newest first."""
-    server = _Server.of(ctx, url)
+    server = Server.of(ctx, url)
     asked = {"status": status, "graph": graph}
     params = {name: value for name, value in asked.items() if value is not None}
     runs, more = server.runs(params, limit)
     if (screen := server.around.screen(as_json)) is None:
-        _print_json(*map(_row, runs))
+        _print_json(*runs)
     elif not runs:
         screen.print("no runs", style="dim")
     else:
@@ -367,12 +324,12 @@ def top(
     as_json: Json = False,
 ) -> None:
     """Show what a server does now. Until q; once with --json: the server, and then its runs."""
-    server = _Server.of(ctx, url)
+    server = Server.of(ctx, url)
     around = server.around
     admin = None
     if admin_url is not None:
-        admin = _Server.of(ctx, admin_url, option="--admin-url")
-    looking = Top(_Source(server, admin), around.clock)
+        admin = Server.of(ctx, admin_url, option="--admin-url")
+    looking = Top(Source(server, admin), around.clock)
     screen = around.screen(as_json)
     if screen is None:
         _print_json(*looking.look().rows(around.clock()))
@@ -393,9 +350,9 @@ def cancel(
     as_json: Json = False,
 ) -> None:
     """Ask a run to end."""
-    server = _Server.of(ctx, url)
+    server = Server.of(ctx, url)
     body = {"reason": reason} if reason is not None else {}
-    status, answer = server.ask("POST", f"{_path(run)}/cancel", json=body)
+    status, answer = server.ask("POST", f"{path_of(run)}/cancel", json=body)
     if (screen := server.around.screen(as_json)) is None:
         _print_json(answer)
     elif status == httpx2.codes.ACCEPTED:
@@ -407,7 +364,7 @@ def cancel(
 @app.command()
 def graphs(ctx: typer.Context, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """List the graphs that a server has."""
-    server = _Server.of(ctx, url)
+    server = Server.of(ctx, url)
     answer = server.get("/v1/graphs", "graphs")
     if (screen := server.around.screen(as_json)) is None:
         _print_json(*answer["graphs"])
@@ -478,11 +435,19 @@ def _answer(value: str) -> Any:
         return value
 
 
+def _bound(given: Any, result: Mapping[str, Any]) -> Any:
+    """An answer by the id of the one thing that a run asks: its thread may ask another by now."""
+    match result.get("interrupts"):
+        case [{"id": asked}] if not (isinstance(given, dict) and asked in given):
+            return {asked: given}
+    return given
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _default_input(server: _Server, graph: str) -> Any:
+def _default_input(server: Server, graph: str) -> Any:
     """What the server says that a run of this graph can start from."""
     for known in server.get("/v1/graphs", "graphs")["graphs"]:
         if known["name"] == graph and known.get("default_input") is not None:
@@ -493,7 +458,7 @@ def _default_input(server: _Server, graph: str) -> Any:
 # Watching a run.
 
 
-def _watch(follower: _Follower, as_json: bool) -> NoReturn:
+def _watch(follower: Follower, as_json: bool) -> NoReturn:
     """Show a run to its end, and exit as it ended."""
     final: Mapping[str, Any] = {}
     graph = "GRAPH"
@@ -553,168 +518,24 @@ async def _show_all(lines: AsyncIterator[bytes], view: View) -> Mapping[str, Any
     return data
 
 
-def _how_to_answer(line: Mapping[str, Any], server: _Server, graph: str) -> str:
+def _how_to_answer(line: Mapping[str, Any], server: Server, graph: str) -> str:
     thread = line["thread_id"]
     ids = [interrupt["id"] for interrupt in line["data"].get("interrupts") or ()]
     if not ids:  # a breakpoint: there is no question
         command = server.command("run", graph, "--thread", thread, "--input", "null")
         return f"the run stopped at a breakpoint; let it go on: {command}"
     if len(ids) == 1:
-        return f"the run waits for an answer; give it: {server.command('answer', thread, '…')}"
+        command = server.command("answer", line["run_id"], "…")
+        return f"the run waits for an answer; give it: {command}"
     given = json.dumps(dict.fromkeys(ids, "…"), ensure_ascii=False)
     command = server.command("answer", thread, given)
     return f"the run waits for {len(ids)} answers; give them: {command}"
 
 
-class _Follower:
-    """A run's lines to its end, each exactly once, over as many connections as that takes."""
-
-    def __init__(
-        self,
-        server: _Server,
-        first: Callable[[], contextlib.AbstractContextManager[httpx2.Response]],
-        run_id: str | None,
-        cursor: int | None,
-    ) -> None:
-        self.server = server
-        self.run_id = run_id
-        #: seq of the last line that was seen; None before any is known.
-        self.cursor = cursor
-        #: How the run ended, when it had no more lines to give.
-        self.status: str | None = None
-        self._first = first
-        self._log_id: str | None = None
-        self._answered = False
-
-    @classmethod
-    def of_new_run(cls, server: _Server, path: str, body: Any) -> _Follower:
-        """Starts a run."""
-        return cls(server, lambda: server.stream("POST", path, json=body), None, cursor=0)
-
-    @classmethod
-    def of_run(cls, server: _Server, run: str, after: str) -> _Follower:
-        """Reads a run that there is already."""
-        return cls(
-            server,
-            lambda: server.stream("GET", f"{_path(run)}/stream", params={"after": after}),
-            run,
-            cursor=int(after) if after != "latest" else None,
-        )
-
-    def lines(self, note: Callable[[str], None]) -> Iterator[Line]:
-        """All lines up to the terminal one. Raises Trouble when the server stays away."""
-        tries = 0
-        opened: float | None = None
-        while True:
-            try:
-                with self._open() as response:
-                    if response.status_code == httpx2.codes.NO_CONTENT:
-                        self.status = response.headers.get("X-Run-Status", "success")
-                        return
-                    opened = self.server.around.clock()
-                    for line in self._read(response):
-                        if "seq" in line.data:
-                            tries = 0
-                        yield line
-                        if (line.data.get("data") or {}).get("final"):
-                            return
-                cut = "the connection ended"
-            except (httpx2.TransportError, _Away) as exc:
-                if not self._answered:
-                    raise self._never_answered(exc) from exc
-                cut = _how_cut(exc)
-            if opened is not None and self.server.around.clock() - opened >= STEADY_S:
-                tries = 0
-            opened = None
-            if self.run_id is None:
-                raise NoServer(f"{cut} before the run had an id; look for it: `sereno ps`")
-            if tries == len(BACKOFF_S):
-                raise NoServer(f"{cut}, and {self.server.url} did not come back; {self._later()}")
-            pause = BACKOFF_S[tries]
-            tries += 1
-            note(
-                f"{cut} after line {self.cursor or 0}; reconnecting in {pause:g} s "
-                f"({tries}/{len(BACKOFF_S)})"
-            )
-            self.server.around.sleep(pause)
-
-    def stopped(self) -> str:
-        """What to say to who stops watching."""
-        if self.run_id is None:
-            return "stopped before the server answered; the run may have started: see `sereno ps`"
-        return (
-            f"stopped watching; {self._later()}; "
-            f"end it: {self.server.command('cancel', self.run_id)}"
-        )
-
-    def _later(self) -> str:
-        assert self.run_id is not None
-        command = self.server.command("tail", self.run_id, "--after", str(self.cursor or 0))
-        return f"run {self.run_id} goes on without you; watch it: {command}"
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[httpx2.Response]:
-        """The first connection, or one more from the cursor on."""
-        if not self._answered:
-            opening = self._first()
-        else:
-            assert self.run_id is not None
-            headers = {"X-Log-Id": self._log_id} if self._log_id else {}
-            after = {"after": str(self.cursor) if self.cursor is not None else "latest"}
-            opening = self.server.stream(
-                "GET", f"{_path(self.run_id)}/stream", params=after, headers=headers
-            )
-        with opening as response:
-            if self._answered and response.status_code in TRANSIENT:
-                raise _Away(f"HTTP {response.status_code}")
-            if response.is_error:
-                response.read()
-                raise Refused(self.server.problem(response))
-            if response.status_code != httpx2.codes.NO_CONTENT and not response.headers.get(
-                "Content-Type", ""
-            ).startswith(NDJSON):
-                raise NoServer(f"{self.server.url} did not answer with a stream: is it Sereno?")
-            self._answered = True
-            self.run_id = response.headers.get("X-Run-Id", self.run_id)
-            self._log_id = response.headers.get("X-Log-Id", self._log_id)
-            yield response
-
-    def _read(self, response: httpx2.Response) -> Iterator[Line]:
-        """The whole lines of one connection that were not seen before."""
-        rest = b""
-        for chunk in response.iter_raw():
-            # A half line at the end of a connection comes again, whole, on the next one.
-            *whole, rest = (rest + chunk).split(b"\n")
-            for raw in whole:
-                try:
-                    data = orjson.loads(raw)
-                    self.run_id = data["run_id"]
-                except (orjson.JSONDecodeError, KeyError, TypeError) as exc:
-                    raise _Away("a line was damaged") from exc
-                seq = data.get("seq")
-                if seq is None:
-                    self.cursor = data.get("after", 0) if self.cursor is None else self.cursor
-                elif self.cursor is None or seq == self.cursor + 1:
-                    self.cursor = seq
-                elif seq <= self.cursor:
-                    continue
-                else:
-                    raise _Away(f"line {seq} came next")
-                yield Line(raw, data)
-
-    def _never_answered(self, exc: Exception) -> NoServer:
-        if self.run_id is None and not isinstance(exc, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return NoServer(
-                f"{self.server.url} did not answer ({_reason(exc)}); "
-                f"the run may have started: {self.server.command('ps')}"
-            )
-        return self.server.unreachable(exc)
-
-
-class _Source:
+class Source:
     """What `top` asks."""
 
-    def __init__(self, server: _Server, admin: _Server | None) -> None:
+    def __init__(self, server: Server, admin: Server | None) -> None:
         self._server = server
         self._admin = admin
         self._info: Mapping[str, Any] | None = None
@@ -732,7 +553,7 @@ class _Source:
 
     def lines(self, run_id: str, after: int) -> Sequence[Mapping[str, Any]]:
         params = {"after": str(after), "follow": "0", "types": ",".join(TYPES)}
-        raw = self._server.fetch(f"{_path(run_id)}/stream", params)
+        raw = self._server.fetch(f"{path_of(run_id)}/stream", params)
         # A connection that was cut in a line leaves it for the next look.
         return [orjson.loads(line) for line in raw.split(b"\n")[:-1]]
 
@@ -741,126 +562,6 @@ class _Source:
             return None
         live: Mapping[str, Any] = self._admin.get("/debug/live", "runs")
         return live
-
-
-class _Away(Exception):
-    """The server is there but cannot go on with the stream now; it may soon."""
-
-
-class _Server:
-    """A Sereno server by its URL."""
-
-    def __init__(self, url: str, around: Surroundings, option: str = "--url") -> None:
-        self.url = url.rstrip("/")
-        self.around = around
-        try:
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("it begins with http:// or https:// and a host")
-            self._client = httpx2.Client(
-                base_url=self.url,
-                transport=around.transport,
-                timeout=httpx2.Timeout(10.0, read=SILENCE_S),
-                # Lines are taken as they are on the wire.
-                headers={"Accept-Encoding": "identity", "User-Agent": "sereno"},
-                # A proxy does not know what is on this machine.
-                trust_env=parts.hostname not in ("127.0.0.1", "::1", "localhost"),
-            )
-        except (ValueError, httpx2.InvalidURL) as exc:
-            raise Trouble(f"{option}: {url!r} is not a server's address: {exc}") from exc
-
-    @classmethod
-    def of(cls, ctx: typer.Context, url: str, option: str = "--url") -> _Server:
-        """The server that a command speaks to until it ends."""
-        server = cls(url, ctx.ensure_object(Surroundings), option)
-        ctx.call_on_close(server._client.close)
-        return server
-
-    def get(self, path: str, member: str, params: Mapping[str, str] | None = None) -> Any:
-        """A JSON object that has this member."""
-        _, answer = self.ask("GET", path, params=params)
-        if not isinstance(answer, dict) or member not in answer:
-            raise NoServer(f"{self.url} did not answer with {member}: is it Sereno?")
-        return answer
-
-    def runs(self, asked: Mapping[str, str], most: int) -> tuple[Sequence[Mapping[str, Any]], bool]:
-        """The newest runs over as many pages as that takes, and whether there are more."""
-        runs: list[Mapping[str, Any]] = []
-        more: str | None = None
-        while len(runs) < most:
-            page = {"limit": str(min(most - len(runs), PAGE))} | ({"cursor": more} if more else {})
-            answer = self.get("/v1/runs", "runs", {**asked, **page})
-            runs += answer["runs"]
-            more = answer.get("next_cursor")
-            if more is None or not answer["runs"]:
-                break
-        return runs, more is not None
-
-    def ask(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
-        """Status and JSON of an answer. Raises Trouble for everything but success."""
-        response = self._request(method, path, **more)
-        try:
-            return response.status_code, orjson.loads(response.content)
-        except orjson.JSONDecodeError as exc:
-            raise NoServer(f"{self.url} did not answer with JSON: is it Sereno?") from exc
-
-    def fetch(self, path: str, params: Mapping[str, str]) -> bytes:
-        """A whole answer as it is."""
-        return self._request("GET", path, params=params).content
-
-    def _request(self, method: str, path: str, **more: Any) -> httpx2.Response:
-        try:
-            response = self._client.request(method, path, **more)
-        except httpx2.TransportError as exc:
-            raise self.unreachable(exc) from exc
-        if response.is_error:
-            raise Refused(self.problem(response))
-        return response
-
-    def stream(
-        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **more: Any
-    ) -> contextlib.AbstractContextManager[httpx2.Response]:
-        """An open answer, whatever its status."""
-        return self._client.stream(
-            method, path, headers={"Accept": NDJSON, **(headers or {})}, **more
-        )
-
-    def unreachable(self, exc: Exception) -> NoServer:
-        """What it means that a request was not answered."""
-        if isinstance(exc, httpx2.ConnectError):
-            return NoServer(f"no server at {self.url}; start one with `sereno serve`")
-        return NoServer(f"{self.url} did not answer: {_reason(exc)}")
-
-    def command(self, *words: str) -> str:
-        """A command line for this server, to be copied."""
-        at = ["--url", self.url] if self.url != DEFAULT_URL else []
-        return f"`{shlex.join(['sereno', *words, *at])}`"
-
-    def problem(self, response: httpx2.Response) -> str:
-        """A problem document as one line, with what can be done about it."""
-        try:
-            said = orjson.loads(response.content)
-            code, detail = said["code"], said.get("detail") or said.get("title") or ""
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            return f"HTTP {response.status_code} {response.reason_phrase} from {response.url}"
-        text = f"{code}: {detail}"
-        if code == "cursor_ahead" and "last_seq" in said:
-            text += f"; --after {said['last_seq']} is the most"
-        elif code == "log_expired":
-            terminal = said.get("terminal")
-            status = (terminal.get("data") or terminal).get("status") if terminal else None
-            text += f"; its lines are gone{f', it ended with status {status}' if status else ''}"
-        elif code in ("run_not_found", "thread_not_found"):
-            text += f"; {self.command('ps')} lists runs"
-        elif code == "thread_busy" and said.get("active_run"):
-            text += f"; {self.command('tail', said['active_run'])} shows it"
-        elif wait := response.headers.get("Retry-After"):
-            text += f"; try again in {wait} s"
-        return " ".join(text.split())
-
-
-def _path(run: str) -> str:
-    return f"/v1/runs/{quote(run, safe='')}"
 
 
 def _resume(thread: str) -> str:
@@ -873,24 +574,5 @@ def _print_json(*rows: Any) -> None:
     sys.stdout.buffer.flush()
 
 
-def _row(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run in a list, which never tells its result."""
-    return {name: value for name, value in run.items() if name != "result" or value is not None}
-
-
 def _say(text: str) -> None:
     typer.echo(f"sereno: {clean(text)}", err=True)
-
-
-def _how_cut(exc: Exception) -> str:
-    """What a reader is told of it; how a library puts it would not help."""
-    if isinstance(exc, _Away):
-        return f"the connection was cut ({exc})"
-    if isinstance(exc, httpx2.TimeoutException):
-        return "nothing was heard for too long"
-    refused = isinstance(exc, httpx2.ConnectError)
-    return f"the connection was {'refused' if refused else 'cut'}"
-
-
-def _reason(exc: Exception) -> str:
-    return str(exc) or type(exc).__name__

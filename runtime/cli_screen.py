@@ -91,7 +91,7 @@ class Held:
         self._take()
 
     def _take(self) -> None:
-        if sys.stdin is None or not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty() or _in_background():
             return
         self._before = termios.tcgetattr(sys.stdin)
         modes = termios.tcgetattr(sys.stdin)
@@ -105,6 +105,14 @@ class Held:
 
     def _ask(self, signum: int, frame: object) -> None:
         self.asked = True
+
+
+def _in_background() -> bool:
+    """Whether the keyboard is another job's, and touching its modes would stop us (SIGTTOU)."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
+    except OSError:  # no terminal of ours: nobody controls jobs there
+        return False
 
 
 def _leave(signum: int, frame: object) -> NoReturn:

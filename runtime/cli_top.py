@@ -39,6 +39,8 @@ NARROW = 60
 MOST, LOOKED_INTO = 500, 30
 #: Ends that somebody may have to look at, for how long they are told of, and most that are shown.
 ENDS, LATELY_S, SHOWN = ("error", "timeout", "interrupted"), 3600.0, 5
+#: Most runs that are asked for of each of them.
+MOST_ENDED = 150
 #: Lines that tell how nodes stand.
 TYPES = (
     "run.recovered",
@@ -152,7 +154,7 @@ class Run:
 
     def json(self, now: float) -> dict[str, Any]:
         """The run as one row, with how its nodes stand."""
-        row: dict[str, Any] = {k: v for k, v in self.row.items() if k != "result" or v is not None}
+        row = dict(self.row)
         started = seconds(self.row.get("started_at"))
         row["age_s"] = round(max(0.0, now - started), 3) if started is not None else None
         if self.silence_s is not None:
@@ -216,7 +218,8 @@ class Snapshot:
             "nodes": self.nodes,
             "sleeping": self.sleeping(now),
             "last_hour": {status: self.came_to(status) for status in ENDS},
-            "complete": max(map(len, (self.running, self.pending, self.ended))) < MOST
+            "complete": max(len(self.running), len(self.pending)) < MOST
+            and max(map(self.came_to, ENDS)) < MOST_ENDED
             and all(run.looked_into for run in self.running),
         }
         for run in [*self.running, *self.pending, *self.ended]:
@@ -237,9 +240,7 @@ class Top:
         pending = [Run(row) for row in self._source.runs("pending", MOST)]
         now = self._clock()
         ended = [
-            Run(row)
-            for end in ENDS
-            for row in self._source.runs(end, MOST // len(ENDS), now - LATELY_S)
+            Run(row) for end in ENDS for row in self._source.runs(end, MOST_ENDED, now - LATELY_S)
         ]
         ended.sort(key=lambda run: run.row.get("ended_at") or "", reverse=True)
         self._runs = {run.row["run_id"]: run for run in running}
@@ -341,13 +342,13 @@ class _Picture:
 def _head(seen: Snapshot, url: str, now: float) -> tuple[Text, Text]:
     title = Text.assemble(("sereno top", "bold"), (f"  {clean(url)}", "dim"))
     numbers = [
-        f"{_many(seen.running)} running of {seen.slots} slots",
-        f"{_many(seen.pending)} queued",
+        f"{_many(len(seen.running))} running of {seen.slots} slots",
+        f"{_many(len(seen.pending))} queued",
         f"{counted(seen.nodes, 'node')} open",
         f"{seen.sleeping(now)} waiting to retry",
         *([f"nodes of {LOOKED_INTO} runs only"] if len(seen.running) > LOOKED_INTO else ()),
     ]
-    if lately := [f"{n} {end}" for end in ENDS if (n := seen.came_to(end))]:
+    if lately := [f"{_many(n, MOST_ENDED)} {end}" for end in ENDS if (n := seen.came_to(end))]:
         numbers.append(f"in the last hour: {', '.join(lately)}")
     return title, Text(" · ".join(numbers))
 
@@ -385,5 +386,5 @@ def _run(run: Run, now: float, width: int) -> Iterator[Text]:
         yield Text(f"  {run_id}")
 
 
-def _many(runs: Sequence[Run]) -> str:
-    return f"{len(runs)}{'+' if len(runs) >= MOST else ''}"
+def _many(runs: int, most: int = MOST) -> str:
+    return f"{runs}{'+' if runs >= most else ''}"

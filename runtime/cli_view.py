@@ -266,12 +266,14 @@ class RunView:
 
     def __exit__(self, *exc: object) -> None:
         self._left.set()
-        if self._redraws:
-            self._redrawing.join()
-        self._waiting = None
-        self._settle(all=True)
-        self._erase()
-        self._held.__exit__()
+        try:
+            if self._redraws:
+                self._redrawing.join()
+            self._waiting = None
+            self._settle(all=True)
+            self._erase()
+        finally:
+            self._held.__exit__()
 
     def _begin(self) -> None:
         self._width = self._console.width

@@ -62,14 +62,15 @@ def number(name: str, default: int) -> int:
     given = os.environ.get(name, "").strip()
     if not given:
         return default
-    if given.isdecimal() and 0 < int(given) <= _MOST:
+    if _count(given) and int(given) > 0:
         return int(given)
     Ignored(name, given, f"a positive number; it is {default} now").tell()
     return default
 
 
-def _limit(value: str) -> bool:
-    return value.lower() == "unset" or (value.isdecimal() and int(value) <= _MOST)
+def _count(value: str) -> bool:
+    # So many digits first: Python refuses to convert thousands of them.
+    return value.isdecimal() and len(value) <= 10 and int(value) <= _MOST
 
 
 def _seconds(value: str) -> bool:
@@ -94,7 +95,7 @@ def _http(value: str) -> bool:
 _SIGNALS = ("", "TRACES_", "LOGS_")
 _VARIABLES: dict[str, tuple[Callable[[str], bool], str]] = {
     **{
-        f"OTEL_{what}_LIMIT": (_limit, "a number, 0 or more")
+        f"OTEL_{what}_LIMIT": (_count, "a number, 0 or more")
         for what in (
             "ATTRIBUTE_COUNT",
             "ATTRIBUTE_VALUE_LENGTH",
@@ -121,6 +122,7 @@ _VARIABLES: dict[str, tuple[Callable[[str], bool], str]] = {
 #: Names of what is installed, by where packages say that they have it.
 _PLUGINS = {
     "OTEL_PROPAGATORS": "opentelemetry_propagator",
+    "OTEL_PYTHON_METER_PROVIDER": "opentelemetry_meter_provider",
     "OTEL_PYTHON_TRACER_PROVIDER": "opentelemetry_tracer_provider",
     **{
         f"OTEL_PYTHON_EXPORTER_OTLP_HTTP_{signal}CREDENTIAL_PROVIDER": (

@@ -112,15 +112,17 @@ class _Node:
 class _Inside:
     """A span that is current in a body; knows what was current around it."""
 
-    __slots__ = ("before", "began", "kept", "number", "outer", "span", "spent")
+    __slots__ = ("before", "began", "held", "number", "outcome", "outer", "span", "spent")
 
     def __init__(self, span: Span, number: int) -> None:
         self.span = span
         self.number = number
-        #: Whether what it made counts; None until it has ended.
-        self.kept: bool | None = None
-        #: What its models spent that is not booked yet.
+        #: None until it has ended.
+        self.outcome: AttemptOutcome | None = None
+        #: What its models spent that is not booked yet; and those of nodes inside of it that came
+        #: through, which an interrupt around them does not undo.
         self.spent: Counter[Spender] = Counter()
+        self.held: Counter[Spender] = Counter()
         self.began = time.perf_counter()
         self.outer: _Inside | None = None
         self.before: otel_context.Context | None = None
@@ -433,15 +435,24 @@ class Segment:
     def spend(self, tokens: Mapping[Spender, int], *, kept: bool) -> None:
         """A model was called here; not `kept` when its answer is of no use already."""
         with self._lock:
-            self._spend(tokens, kept, _inside.get())
+            self._spend(tokens, _inside.get(), kept=kept)
 
-    def _spend(self, tokens: Mapping[Spender, int], kept: bool, inside: _Inside | None) -> None:
+    def _spend(
+        self,
+        tokens: Mapping[Spender, int],
+        inside: _Inside | None,
+        *,
+        kept: bool = True,
+        held: bool = False,
+    ) -> None:
         """Book tokens as soon as it is known whether an attempt around them was in vain."""
         while kept and inside is not None:
-            if inside.kept is None:
-                inside.spent.update(tokens)
+            if inside.outcome is None:
+                (inside.held if held else inside.spent).update(tokens)
                 return
-            kept, inside = inside.kept, inside.outer
+            kept = inside.outcome == "success" or (held and inside.outcome == "interrupted")
+            held = held or isinstance(inside, _Attempt)
+            inside = inside.outer
         for spender, count in tokens.items():
             self._all.tokens.inc(*spender, "kept" if kept else "discarded", by=count)
 
@@ -719,8 +730,9 @@ class Segment:
         return self.stopping or "sibling_failed"
 
     def _finish(self, attempt: _Inside, outcome: AttemptOutcome) -> None:
-        attempt.kept = outcome == "success"
-        self._spend(attempt.spent, True, attempt)
+        attempt.outcome = outcome
+        self._spend(attempt.spent, attempt)
+        self._spend(attempt.held, attempt, held=True)
         span = attempt.span
         span.set_attribute("sereno.attempt.outcome", outcome)
         span.set_attribute("sereno.attempt.will_retry", outcome == "retried")

@@ -16,6 +16,8 @@ ROWS: list[list[str]] = [
     ["runtime.__main__"],
     [
         "runtime.cli",
+        "runtime.cli_client",
+        "runtime.cli_surroundings",
         "runtime.cli_view",
         "runtime.cli_trace",
         "runtime.cli_top",
@@ -41,6 +43,8 @@ ROWS: list[list[str]] = [
 ROW = {box: number for number, row in enumerate(ROWS) for box in row}
 #: Two names of one box: they may import each other.
 SAME = {
+    "runtime.cli_client": "runtime.cli",
+    "runtime.cli_surroundings": "runtime.cli",
     "runtime.cli_view": "runtime.cli",
     "runtime.cli_trace": "runtime.cli",
     "runtime.cli_top": "runtime.cli",

@@ -21,7 +21,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from runtime.cli import BACKOFF_S, Surroundings, app
+from runtime.cli import app
+from runtime.cli_client import BACKOFF_S
+from runtime.cli_surroundings import Surroundings
 from runtime.cli_top import Run, Snapshot, rows_of
 from runtime.cli_view import Line, RunView, compact
 from runtime.errors import GraphLoadFailed, UnknownGraph
@@ -302,7 +304,7 @@ def test_the_exit_code_tells_how_the_run_ended(
     [
         pytest.param(
             [{"id": "i1", "value": "ok?"}],
-            "the run waits for an answer; give it: `sereno answer t-1 '…'`",
+            f"the run waits for an answer; give it: `sereno answer {RUN} '…'`",
             id="one",
         ),
         pytest.param(
@@ -336,7 +338,9 @@ def test_an_interrupted_run_says_how_to_answer(interrupts: list[Any], how: str) 
 @pytest.mark.parametrize(
     ("asked", "known"),
     [
-        pytest.param(RUN, httpx2.Response(200, json={"thread_id": THREAD}), id="by-run"),
+        pytest.param(
+            RUN, httpx2.Response(200, json={"thread_id": THREAD}), id="by-a-run-that-asks-nothing"
+        ),
         pytest.param(THREAD, httpx2.Response(404, json={}), id="by-thread"),
     ],
 )
@@ -351,6 +355,25 @@ def test_an_answer_goes_to_the_thread_and_its_run_is_watched(
     assert result.stdout == told(LINES)
     assert server.paths == [f"/v1/runs/{asked}", f"/v1/threads/{THREAD}/resume"]
     assert server.body == {"resume": sent}
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [("yes", {"i1": "yes"}), ('{"ok": true}', {"i1": {"ok": True}}), ('{"i1": 1}', {"i1": 1})],
+)
+def test_an_answer_to_a_run_meets_no_later_question_of_its_thread(given: str, sent: Any) -> None:
+    asks = {"thread_id": THREAD, "result": {"interrupts": [{"id": "i1", "value": "ok?"}]}}
+    server = Server(httpx2.Response(200, json=asks), stream(LINES))
+
+    assert sereno(server, "answer", RUN, given).code == 0
+    assert server.body == {"resume": sent}
+
+
+def test_a_server_in_trouble_is_not_asked_for_a_thread_of_a_runs_name() -> None:
+    server = Server(httpx2.Response(503, json={"code": "storage_failed", "detail": "full"}))
+
+    assert sereno(server, "answer", RUN, "yes").code == 4
+    assert server.paths == [f"/v1/runs/{RUN}"]
 
 
 def test_an_answer_that_is_half_json_is_not_taken_for_text() -> None:
@@ -700,14 +723,6 @@ def test_ps_leaves_out_columns_before_it_breaks_the_name_of_a_graph(width: int, 
     sereno(Server(httpx2.Response(200, json={"runs": [run]})), "ps", console=console)
 
     assert [" ".join(text.split()) for text in shown().splitlines()[1:]] == [row]
-
-
-def test_ps_leaves_out_results_that_lists_never_have() -> None:
-    answer = {"runs": [run_row(1, result=None)], "next_cursor": None}
-
-    result = sereno(Server(httpx2.Response(200, json=answer)), "ps")
-
-    assert json.loads(result.stdout) == run_row(1)
 
 
 def test_ps_without_runs_says_so_on_a_terminal() -> None:

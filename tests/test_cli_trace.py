@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.trace import Span, SpanKind
 from rich.cells import cell_len
@@ -258,6 +258,7 @@ def test_text_of_others_leaves_the_terminal_alone(story: Story) -> None:
     assert "\x1b" not in "\n".join(drawn(story.told()))
 
 
+@settings(deadline=None)
 @given(
     spans=st.lists(
         st.tuples(

@@ -28,6 +28,9 @@ from telemetry.environment import Ignored, number, take_out
         ("OTEL_EXPORTER_OTLP_LOGS_TIMEOUT", "-5"),
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "nan"),
         ("OTEL_PROPAGATORS", "nonsense"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "unset"),
+        ("OTEL_ATTRIBUTE_COUNT_LIMIT", "9" * 5000),
+        ("OTEL_PYTHON_METER_PROVIDER", "nonsense"),
         ("OTEL_PYTHON_TRACER_PROVIDER", "nonsense"),
         ("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "nonsense"),
     ],
@@ -50,7 +53,6 @@ def test_what_cannot_be_read_is_taken_out_and_told(variable: str, value: str) ->
     [
         ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", " 100 "),
         ("OTEL_ATTRIBUTE_COUNT_LIMIT", "0"),
-        ("OTEL_SPAN_LINK_COUNT_LIMIT", "unset"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://[::1]/otlp/"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),

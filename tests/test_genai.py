@@ -566,6 +566,35 @@ async def test_tokens_are_discarded_with_any_attempt_around_them(watched: Watche
     assert watched.tokens("input") == 11
 
 
+async def test_an_interrupt_discards_no_tokens_of_nodes_that_came_through(
+    watched: Watched,
+) -> None:
+    """The nodes before it in its subgraph do not run again, what the asking one spent it will."""
+
+    async def before(state: State) -> State:
+        await Talker().ainvoke("hi")
+        return {}
+
+    async def ask(state: State) -> State:
+        await Talker().ainvoke("hi")
+        interrupt("go on?")
+        return {}
+
+    inner = StateGraph(State).add_sequence([before, ask]).add_edge(START, "before").compile()
+    outer = StateGraph(State).add_node("inner", inner).add_edge(START, "inner")
+    graph = outer.compile(checkpointer=InMemorySaver())
+    config = {"configurable": {"thread_id": "1"}}
+    await watched.run(graph, None, config)
+
+    assert watched.tokens("input") == 11
+    assert watched.tokens("input", result="discarded") == 11
+
+    await watched.run(graph, Command(resume="yes"), config)
+
+    assert len(watched.spans("chat")) == 3
+    assert watched.tokens("input") == 22
+
+
 async def test_tokens_of_what_ends_after_its_attempt_are_discarded_as_that_was(
     watched: Watched,
 ) -> None:

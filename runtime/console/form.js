@@ -1,8 +1,8 @@
 // A form from a JSON Schema: a field for each property, and JSON where a form would be no help.
 
 import { h, say, set } from "./dom.js";
+import { DEPTH, isMessages, isObject, kindOf, matches, resolved, without } from "./schema.js";
 
-const DEPTH = 4;
 let fields = 0;
 
 /** What was written into a field cannot be used. */
@@ -19,6 +19,7 @@ export class FieldError extends Error {
  *
  *   element          what is seen
  *   read()           the value; undefined where it was left empty; throws a FieldError
+ *   blank()          whether nothing was written into it
  *   write(value)     shows a value; what the field cannot show is kept as it is
  *   find(path)       the field at a path, or the nearest one around it
  *   complain(text)   says what is wrong with it; null takes that back
@@ -42,29 +43,6 @@ function fieldOf(raw, context) {
   const make = endless ? jsonField : makerOf(schema, context);
   return keeping(make(schema, { ...context, refs }), schema, { ...context, nullable });
 }
-
-/** A schema without references and without a mere "or null"; `refs` gets what was followed. */
-function resolved(schema, definitions, refs = []) {
-  if (refs.length > 40) return {};
-  if (schema.$ref) {
-    const name = schema.$ref.split("/").pop();
-    refs.push(name);
-    return resolved({ ...definitions[name], ...without(schema, "$ref") }, definitions, refs);
-  }
-  const given = schema.anyOf ?? schema.oneOf;
-  const options = given?.filter((option) => option.type !== "null");
-  const nullable = schema.nullable || (given && options.length < given.length);
-  const rest = { ...without(schema, "anyOf", "oneOf"), ...(nullable && { nullable }) };
-  if (options?.length === 1) return resolved({ ...options[0], ...rest }, definitions, refs);
-  if (options) return { ...rest, anyOf: options };
-  if (schema.allOf?.length === 1) {
-    return resolved({ ...schema.allOf[0], ...without(schema, "allOf") }, definitions, refs);
-  }
-  return schema;
-}
-
-const without = (object, ...names) =>
-  Object.fromEntries(Object.entries(object).filter(([name]) => !names.includes(name)));
 
 function makerOf(schema, context) {
   if (isMessages(schema, context)) return messagesField;
@@ -103,6 +81,7 @@ function keeping(field, schema, context) {
     find: () => kept,
     ...field,
     write,
+    blank: () => strange === undefined && left === empty && field.blank(),
     read() {
       if (strange !== undefined) return strange;
       const found = field.read();
@@ -129,24 +108,20 @@ function objectField(schema, context) {
   let rest = {};
   let given = false;
   const body = h("div", { class: "fields" }, ...[...parts.values()].map((part) => part.element));
-  const group = groupOf(schema, context, body);
+  const blank = () => !given && !Object.keys(rest).length && [...parts.values()].every((part) => part.blank());
   return {
-    ...group,
+    ...groupOf(schema, context, body),
     fits: isObject,
+    blank,
     read() {
+      if (optional(context) && blank()) return undefined;
       const value = { ...rest };
       let missing;
-      let written = given || Object.keys(rest).length > 0;
       for (const [name, part] of parts) {
         const found = part.read();
-        if (found === undefined) {
-          if (required.has(name)) missing ??= part;
-          continue;
-        }
-        value[name] = found;
-        written ||= !part.constant;
+        if (found !== undefined) value[name] = found;
+        else if (required.has(name)) missing ??= part;
       }
-      if (optional(context) && !written) return undefined;
       if (context.complete && missing) throw new FieldError(missing, "this has to be filled in");
       return value;
     },
@@ -173,7 +148,8 @@ function arrayField(schema, context) {
   return {
     ...groupOf(schema, context, list.element),
     fits: Array.isArray,
-    read: () => (list.items.length || !optional(context) || list.given ? list.items.map(({ part }) => part.read()) : undefined),
+    blank: list.blank,
+    read: () => (optional(context) && list.blank() ? undefined : list.items.map(({ part }) => part.read())),
     write: (value) => list.write(value),
     find(path) {
       return list.items[path[0]]?.part.find(path.slice(1)) ?? this;
@@ -198,12 +174,13 @@ function entriesField(schema, context) {
   const field = {
     ...groupOf(schema, context, list.element),
     fits: isObject,
+    blank: list.blank,
     read() {
       const entries = list.items.map(({ key, part }) => [key.value, part.read()]);
       const names = entries.map(([name]) => name);
       const twice = names.find((name, index) => names.indexOf(name) !== index);
       if (twice !== undefined) throw new FieldError(field, `the name ${JSON.stringify(twice)} is there twice`);
-      return entries.length || !optional(context) || list.given ? Object.fromEntries(entries) : undefined;
+      return optional(context) && list.blank() ? undefined : Object.fromEntries(entries);
     },
     write: (value) => list.write(value && Object.entries(value)),
     find(path) {
@@ -225,7 +202,8 @@ function rows(context, make) {
       (item.key ?? item.part).focus();
     },
   }, "Add");
-  const self = { items: [], given: false, more, element: h("div", {}, list, more), write };
+  let given = false;
+  const self = { items: [], more, element: h("div", {}, list, more), write, blank: () => !given && !self.items.length };
 
   function add(value) {
     const item = make(value);
@@ -244,7 +222,7 @@ function rows(context, make) {
   }
 
   function write(values) {
-    self.given = values !== undefined;
+    given = values !== undefined;
     self.items = [];
     list.replaceChildren();
     for (const value of values ?? []) add(value);
@@ -274,6 +252,7 @@ function choiceField(schema, context) {
   return {
     ...groupOf(schema, context, h("div", { class: "choice" }, choice, place)),
     fits: (value) => options.some((option) => matches(option, value, context)),
+    blank: () => choice.value === "",
     read: () => (choice.value === "" ? undefined : chosen().read() ?? (options[choice.value].type === "string" ? "" : undefined)),
     write(value) {
       const index = value === undefined ? -1 : options.findIndex((option) => matches(option, value, context));
@@ -285,28 +264,6 @@ function choiceField(schema, context) {
     },
     focus: () => (chosen() ?? choice).focus(),
   };
-}
-
-const KINDS = { string: "text", integer: "whole number", number: "number", boolean: "true or false", array: "list", object: "object" };
-const kindOf = (schema) =>
-  schema.title ?? (schema.const !== undefined ? String(schema.const) : schema.enum ? schema.enum.join(", ") : KINDS[schema.type] ?? "JSON");
-
-/** Whether a value may be meant by a schema, as far as a look at it tells. */
-function matches(raw, value, context, depth = 0) {
-  const schema = resolved(raw, context.definitions);
-  if (depth > DEPTH) return true;
-  if (schema.const !== undefined) return value === schema.const;
-  if (schema.enum) return schema.enum.includes(value);
-  if (schema.anyOf) return schema.anyOf.some((option) => matches(option, value, context, depth + 1));
-  if (schema.type === "object") {
-    return isObject(value)
-      && (schema.required ?? []).every((name) => name in value)
-      && Object.entries(schema.properties ?? {}).every(([name, part]) => !(name in value) || matches(part, value[name], context, depth + 1));
-  }
-  if (schema.type === "array") return Array.isArray(value) && value.every((item) => !schema.items || matches(schema.items, item, context, depth + 1));
-  if (schema.type === "null") return value === null;
-  if (schema.type === "integer") return Number.isInteger(value);
-  return schema.type === undefined || typeof value === schema.type;
 }
 
 /** What several controls of one value have in common. */
@@ -330,7 +287,8 @@ function stringField(schema, context) {
     placeholder: { "date-time": "2026-11-24T17:06:08Z", date: "2026-11-24", time: "17:06:08Z" }[schema.format],
   });
   return simple(input, schema, context, {
-    fits: (value) => typeof value === "string",
+    // A control of one line drops line breaks, a larger one makes each of them a \n.
+    fits: (value) => typeof value === "string" && !(long ? /\r/ : /[\r\n]/).test(value),
     read: () => {
       if (input.value.length < schema.minLength) throw new Error(`write ${schema.minLength} characters or more`);
       return input.value;
@@ -379,8 +337,8 @@ function constField(schema, context) {
     element,
     body: h("span", {}),
     title: titleOf(schema, context),
-    constant: true,
     fits: (value) => value === schema.const,
+    blank: () => true,
     read: () => schema.const,
     write() {},
     complain() {},
@@ -395,13 +353,13 @@ function setField(schema, context) {
   }));
   const body = h("div", { class: "boxes" }, ...boxes.map(({ value, box }) => h("label", {}, box, ` ${value}`)));
   let given = false;
+  const chosen = () => boxes.filter(({ box }) => box.checked).map(({ value }) => value);
+  const blank = () => !given && !chosen().length;
   return {
     ...groupOf(schema, context, body),
     fits: (value) => Array.isArray(value) && new Set(value).size === value.length && value.every((one) => schema.items.enum.includes(one)),
-    read() {
-      const chosen = boxes.filter(({ box }) => box.checked).map(({ value }) => value);
-      return chosen.length || given ? chosen : undefined;
-    },
+    blank,
+    read: () => (blank() ? undefined : chosen()),
     write(value) {
       given = value !== undefined && !value.length;
       for (const { value: one, box } of boxes) box.checked = value?.includes(one) ?? false;
@@ -432,16 +390,13 @@ function jsonField(schema, context) {
 function messagesField(schema, context) {
   const input = h("textarea", { rows: 3 });
   const own = (value) => Array.isArray(value) && value.length === 1 && value[0]?.role === "user"
-    && typeof value[0].content === "string" && Object.keys(value[0]).length === 2;
+    && typeof value[0].content === "string" && !value[0].content.includes("\r") && Object.keys(value[0]).length === 2;
   return simple(input, { ...schema, title: "Message" }, context, {
     fits: own,
     read: () => [{ role: "user", content: input.value }],
     write: (value) => (input.value = value[0].content),
   });
 }
-
-const isMessages = (schema, { definitions }) =>
-  schema.type === "array" && JSON.stringify(schema.items ?? {}).includes("HumanMessage") && "HumanMessage" in definitions;
 
 /** A field of one control, with its label and what the schema says of it. */
 function simple(input, schema, context, { fits, read, write, empty = () => input.value === "" }) {
@@ -460,6 +415,7 @@ function simple(input, schema, context, { fits, read, write, empty = () => input
     body: input,
     title,
     fits,
+    blank: empty,
     read() {
       if (empty()) return undefined;
       try {
@@ -506,5 +462,3 @@ function tell(error, text) {
   error.hidden = text === null;
   say(error, text ?? "");
 }
-
-const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

@@ -21,8 +21,7 @@ export async function questionView(run, onRun) {
 
 /** What is asked: `{ interrupts, misfit }`, or the run that has answered it: `{ later }`. */
 async function askingOf(run) {
-  const { runs } = await api.runs({ thread_id: run.threadId, limit: 50 }).catch(() => ({ runs: [] }));
-  const [latest] = runs;
+  const latest = await latestOn(run.threadId);
   if (run.status === "interrupted" && (!latest || latest.run_id === run.runId)) {
     return { interrupts: await interruptsOf(run.runId, run.result), next: run.result.next };
   }
@@ -32,6 +31,12 @@ async function askingOf(run) {
     if (interrupts.length) return { interrupts, misfit: latest.run_id };
   }
   return run.status === "interrupted" ? { later: latest } : null;
+}
+
+/** The run that was started last on a thread; undefined when nobody can say. */
+async function latestOn(thread) {
+  const { runs: [latest] } = await api.runs({ thread_id: thread, limit: 1 }).catch(() => ({ runs: [] }));
+  return latest;
 }
 
 /** The interrupts of a terminal line; those too large for the line are asked for. */
@@ -57,7 +62,7 @@ function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
     keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && submit(event),
   },
   h("h2", {}, fields.length ? waits(fields.length) : "The run stopped at a breakpoint"),
-  misfit ? h("p", { class: "problem" }, "An answer did not fit, and the thread asks again: ",
+  misfit ? h("p", { class: "problem" }, "The run that took an answer has failed, and the thread asks again: ",
     h("a", { href: `#/runs/${encodeURIComponent(misfit)}` }, misfit), ".") : null,
   !fields.length && next?.length ? h("p", { class: "hint" }, `It goes on at ${next.join(", ")}.`) : null,
   ...fields.map((field) => field.element),
@@ -99,7 +104,7 @@ function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
 
   /** Somebody else may have answered. Whether it is so. */
   async function lookForLater() {
-    const { runs: [latest] } = await api.runs({ thread_id: run.threadId, limit: 1 }).catch(() => ({ runs: [] }));
+    const latest = await latestOn(run.threadId);
     if (!latest || latest.run_id === (misfit ?? run.runId)) return false;
     clearInterval(timer);
     announce("This was answered elsewhere.");
@@ -107,11 +112,9 @@ function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
     return true;
   }
 
-  let seen = false;
   const timer = setInterval(() => {
-    if (element.isConnected) seen = true;
-    else if (seen) clearInterval(timer);
-    if (seen && !document.hidden && !send.disabled) lookForLater();
+    if (!element.isConnected) clearInterval(timer);
+    else if (!document.hidden && !send.disabled) lookForLater();
   }, LOOK_MS);
   announce(fields.length ? waits(fields.length) : "The run stopped at a breakpoint");
   return element;

@@ -204,12 +204,11 @@ class History:
     @property
     def wakes_at(self) -> float | None:
         """When the first of the open nodes goes on, in unix seconds; None unless all sleep."""
-        open_tasks = [record for record in self.tasks.values() if record.open]
-        around = {task for record in open_tasks for task in record.path}
-        times = [record.wakes_at for record in open_tasks if record.task not in around]
-        if not times or None in times:
-            return None
-        return min(time for time in times if time is not None)
+        opened = [record for record in self.tasks.values() if record.open]
+        around = {task for record in opened for task in record.path}
+        innermost = [record for record in opened if record.task not in around]
+        times = [record.wakes_at for record in innermost if record.wakes_at is not None]
+        return min(times) if times and len(times) == len(innermost) else None
 
     @property
     def first_output_s(self) -> float | None:

@@ -334,7 +334,7 @@ def test_an_answer_that_did_not_fit_is_asked_for_again(server: Server, opening: 
     page.locator(".asks").get_by_role("button", name="Answer").click()
     run_status(page, "error")
     page.goto(asking)
-    expect(page.locator(".asks")).to_contain_text("did not fit")
+    expect(page.locator(".asks")).to_contain_text("asks again")
     page.get_by_label("Number").fill("4")
     page.locator(".asks").get_by_role("button", name="Answer").click()
 

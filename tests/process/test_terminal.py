@@ -208,7 +208,9 @@ def test_an_interrupt_comes_with_the_command_that_answers(server: Server) -> Non
     assert "? ask  waits for an answer" in terminal.screen
     assert "  │ question: 1" in terminal.screen
     (told,) = [line for line in terminal.screen if "waits for an answer; give it" in line]
-    assert f"`sereno answer t '…' --url {server.url}`" in told  # in one piece, to be copied
+    assert (
+        f"`sereno answer {server.run_on('t')} '…' --url {server.url}`" in told
+    )  # in one piece, to be copied
     with Terminal(server, "answer", "t", '{"ok": true}') as terminal:
         terminal.end()
 
