@@ -203,12 +203,13 @@ class History:
 
     @property
     def wakes_at(self) -> float | None:
-        """When the first of the open nodes goes on, in unix seconds; None unless all sleep."""
-        opened = [record for record in self.tasks.values() if record.open]
-        around = {task for record in opened for task in record.path}
-        innermost = [record for record in opened if record.task not in around]
-        times = [record.wakes_at for record in innermost if record.wakes_at is not None]
-        return min(times) if times and len(times) == len(innermost) else None
+        """When the first of the open nodes goes on, in unix seconds; None unless all sleep.
+
+        A node around one that sleeps may have work or a time limit of its own: it is awake.
+        """
+        opened = [record.wakes_at for record in self.tasks.values() if record.open]
+        asleep = [wakes_at for wakes_at in opened if wakes_at is not None]
+        return min(asleep) if asleep and len(asleep) == len(opened) else None
 
     @property
     def first_output_s(self) -> float | None:
