@@ -677,7 +677,9 @@ METRIC_GROUPS: Mapping[str, tuple[Metric, ...]] = {
             "llm_tokens_total",
             "counter",
             "How many tokens were spent? Booked as soon as it is known whether they were in vain: "
-            "kept ones when the outermost attempt around them ends.",
+            "kept ones when the outermost attempt around them ends. An answer that broke off has "
+            "told its usage in part or, as most providers tell it last, not at all: then its "
+            "tokens are in neither.",
             (
                 _PROVIDER,
                 _MODEL,
@@ -842,8 +844,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
         "sereno.cancel.reason",
         "string",
         "Why it was cancelled.",
-        "reason",
-        get_args(CancelReason),
+        values=get_args(CancelReason),
     ),
     Attribute("sereno.checkpoint.id", "string", "The last checkpoint of the root graph."),
     Attribute("sereno.task.id", "string", "LangGraph's task id.", "task"),
@@ -898,7 +899,7 @@ ATTRIBUTES: tuple[Attribute, ...] = (
         "sereno.stream.close_reason",
         "string",
         "Why it ended.",
-        "close_reason",
+        "reason",
         get_args(CloseReason),
     ),
     Attribute("sereno.stream.from_seq", "int", "The cursor that it began after.", "from_seq"),
@@ -1196,9 +1197,10 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
     LogEvent(
         "run.heartbeat",
         "INFO",
-        "It goes on: its open nodes, their attempts and ages.",
+        "It goes on: its open nodes with their retried calls, which attempt each is in, or waits "
+        "for while its `state` is `retrying`, and for how long.",
         (*_OF_RUN, "age_s", "silence_s", "nodes"),
-        ("nodes_not_shown", "runs_not_shown"),
+        ("nodes_not_shown", "runs_not_shown", "calls", "calls_not_shown"),
     ),
     LogEvent("node.started", "DEBUG", "An attempt begins.", _OF_NODE),
     LogEvent(
@@ -1230,8 +1232,10 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
     LogEvent(
         "attempt.failed",
         "WARNING",
-        "An attempt of a node or of a call raised. Has the exception at its innermost attempt. "
-        "INFO when a retry follows: the record of that is the warning.",
+        "An attempt of a node or of a call raised. Has the exception at its innermost attempt, "
+        "also when a model or a tool in it raised. INFO when a retry follows: the record of that "
+        "is the warning. Of a call that failed for good it is WARNING, whatever the node around "
+        "it does then.",
         (*_FAILURE, "attempt"),
         ("call", "error"),
         quieter="INFO",
@@ -1261,7 +1265,8 @@ LOG_EVENTS: tuple[LogEvent, ...] = (
         "checkpoint.slow",
         "WARNING",
         "A checkpoint took long. One record a minute at most: `count` is how many were slow since "
-        "the last one, this one among them, and `longest_s` how long the slowest of them took.",
+        "the last one, this one among them, and `longest_s` how long the slowest of them took. Of "
+        "those that no other one follows, the slowest is told when the minute is over.",
         ("op", "duration_s", "bytes", "count", "longest_s"),
     ),
     LogEvent(

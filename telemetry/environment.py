@@ -43,14 +43,20 @@ def take_out(environ: MutableMapping[str, str]) -> Iterator[Ignored]:
         if value.strip():  # else it is unset, which not all of the SDK knows
             yield Ignored(name, value if "@" not in value else "(not shown)", remedy)
     for name, group in _PLUGINS.items():
-        if not (value := environ.get(name, "").strip()):
+        if name not in environ:
             continue
-        wanted = [one.strip() for one in value.split(",") if one.strip()]
-        there = {plugin.name for plugin in entry_points(group=group)} | {"none"}
+        value = environ[name].strip()
+        wanted = [one.strip() for one in value.split(",")]
+        there = {plugin.name for plugin in entry_points(group=group)}
+        if name == _PROPAGATORS:
+            there.add("none")
         known = [one for one in wanted if one in there]
         if known == wanted:
             continue
-        yield Ignored(name, value, f"one of those that are installed: {', '.join(sorted(there))}")
+        if any(one and one not in there for one in wanted):
+            yield Ignored(
+                name, value, f"one of those that are installed: {', '.join(sorted(there))}"
+            )
         if known:
             environ[name] = ",".join(known)
         else:
@@ -119,9 +125,10 @@ _VARIABLES: dict[str, tuple[Callable[[str], bool], str]] = {
         }.items()
     },
 }
+_PROPAGATORS = "OTEL_PROPAGATORS"
 #: Names of what is installed, by where packages say that they have it.
 _PLUGINS = {
-    "OTEL_PROPAGATORS": "opentelemetry_propagator",
+    _PROPAGATORS: "opentelemetry_propagator",
     "OTEL_PYTHON_METER_PROVIDER": "opentelemetry_meter_provider",
     "OTEL_PYTHON_TRACER_PROVIDER": "opentelemetry_tracer_provider",
     **{

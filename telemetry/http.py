@@ -26,6 +26,8 @@ from opentelemetry import propagate
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.propagators.composite import CompositePropagator
+from opentelemetry.propagators.textmap import CarrierT, Getter, default_getter
 from opentelemetry.trace import INVALID_SPAN, Span, SpanContext, get_current_span
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -136,13 +138,16 @@ class _Observer:
     def __init__(
         self, tracing: Tracing, metrics: Metrics, selfwatch: Selfwatch, trust: Trust
     ) -> None:
-        self.trust = trust
         self.duration = metrics["http_request_duration_seconds"]
         self.active = metrics["http_active_requests"]
         self.aborted = metrics["http_aborted_total"]
         self._checks = metrics["health_checks_total"]
         self._selfwatch = selfwatch
-        hidden = {"traceparent", "tracestate", *propagate.get_global_textmap().fields}
+        _mend_propagation()
+        understood = propagate.get_global_textmap().fields
+        #: Whether a stranger's span is linked to, if the request names one in a way that counts.
+        self.links = trust == "link" and "traceparent" in understood
+        hidden = {"traceparent", "tracestate", *understood}
         if trust == "parent":
             hidden.clear()
         #: Headers of a request that do not get to propagators.
@@ -191,6 +196,22 @@ def use_stable_names() -> None:
     The first one of a process that is set up decides for all of them: call this before.
     """
     os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+
+
+def _mend_propagation() -> None:
+    """With OTEL_PROPAGATORS=none nothing is extracted: not even a context, which requests need."""
+    if propagate.extract({}) is None:
+        propagate.set_global_textmap(_Nothing([]))
+
+
+class _Nothing(CompositePropagator):
+    def extract(
+        self,
+        carrier: CarrierT,
+        context: Context | None = None,
+        getter: Getter[CarrierT] = default_getter,
+    ) -> Context:
+        return Context() if context is None else context
 
 
 def _server_spans(tracing: Tracing) -> ASGIApp:
@@ -332,7 +353,7 @@ class Exchange:
         self.span, self.trace_id = span, ids[0]
         if server := self._scope.get("server"):
             span.set_attribute("server.address", server[0])  # until here with its port
-        if self._observer.trust == "link":
+        if self._observer.links:
             named = read_traceparent(_header(self._headers, b"traceparent"))
             if named is not None:
                 span.add_link(named, {"sereno.link.kind": "remote"})

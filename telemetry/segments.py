@@ -57,6 +57,10 @@ Spender = tuple[str, str, str]
 _inside: ContextVar[_Inside | None] = ContextVar("sereno_inside", default=None)
 
 _FAILED: frozenset[AttemptOutcome] = frozenset(("retried", "exhausted", "failed"))
+#: Retried calls that are shown of an attempt.
+_CALLS = 10
+#: Where an exception keeps which attempt's record had it: the segment's id, the attempt's begin.
+_TOLD_OF = "_sereno_record"
 
 
 class Lines(Protocol):
@@ -83,6 +87,7 @@ class _Node:
         "backoff_s",
         "began",
         "label",
+        "retry_in_s",
         "slept_at",
         "span",
         "visit",
@@ -98,14 +103,19 @@ class _Node:
         self.attempts = 0
         #: When its back-off began; None while it does not sleep.
         self.slept_at: float | None = None
+        #: How long that is to be at least.
+        self.retry_in_s = 0.0
         self.backoff_s = 0.0
 
     def describe(self) -> dict[str, Any]:
+        """While it sleeps, `attempt` is the one that follows."""
+        now, slept_at, attempt = time.perf_counter(), self.slept_at, self.attempt
         return {
             "node": self.label,
-            "attempt": self.attempts,
-            "age_s": round(time.perf_counter() - self.began, 3),
-            "state": "retrying" if self.slept_at is not None else "running",
+            "attempt": self.attempts + (slept_at is not None),
+            "age_s": round(now - self.began, 3),
+            **_state(slept_at, self.retry_in_s, now),
+            **(attempt.calls.describe(now) if attempt is not None else {}),
         }
 
 
@@ -151,6 +161,17 @@ class _Retries:
         self.open: dict[str, _Call] = {}
         self.sleeping: dict[str, _Sleep] = {}
 
+    def describe(self, now: float) -> dict[str, Any]:
+        """Those that sleep first: they are looked for. Nothing where there are none."""
+        told = [
+            {"call": sleep.name, "attempt": sleep.number, **_state(sleep.since, sleep.for_s, now)}
+            for sleep in list(self.sleeping.values())
+        ]
+        for call in list(self.open.values()):
+            told.append({"call": call.name, "attempt": call.number, **_state(None, 0.0, now)})
+        more = {"calls_not_shown": len(told) - _CALLS} if len(told) > _CALLS else {}
+        return {"calls": told[:_CALLS], **more} if told else {}
+
 
 class _Attempt(_Inside):
     __slots__ = ("calls", "failure")
@@ -172,11 +193,20 @@ class _Call(_Inside):
 
 
 class _Sleep:
-    __slots__ = ("name", "since")
+    __slots__ = ("for_s", "name", "number", "since")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, number: int, for_s: float) -> None:
         self.name = name
+        #: The attempt that follows, and the least time until then.
+        self.number = number
+        self.for_s = for_s
         self.since = time.perf_counter()
+
+
+def _state(slept_at: float | None, for_s: float, now: float) -> dict[str, Any]:
+    if slept_at is None:
+        return {"state": "running"}
+    return {"state": "retrying", "retry_in_s": round(max(0.0, slept_at + for_s - now), 3)}
 
 
 class Segments:
@@ -407,7 +437,7 @@ class Segment:
         self._all.tracing.discard(self.span)
 
     def describe(self) -> dict[str, Any]:
-        """As `/debug/live` shows it."""
+        """As `/debug/live` shows it; calls that are in no node stand beside the nodes."""
         now = time.monotonic()
         return {
             **self.line_ids,
@@ -417,6 +447,7 @@ class Segment:
             "age_s": round(now - self.began, 3),
             "silence_s": round(now - self.last_line, 3),
             "nodes": [node.describe() for node in list(self._nodes.values())],
+            **self._loose.describe(time.perf_counter()),
         }
 
     def node_attributes(self, visit: Visit) -> dict[str, Any]:
@@ -547,6 +578,7 @@ class Segment:
             }
         )
         self._end_attempt(node, attempt, "retried", seen.error)
+        node.retry_in_s = seen.retry_in_s
         node.slept_at = time.perf_counter()
         self._all.sleeping.inc(self.graph, node.label)
 
@@ -569,7 +601,7 @@ class Segment:
             assert error is not None
             everything.attempt_failures.inc(self.graph, node.label, classify(error))
             self._raised(
-                span, outcome, error, node=node.label, attempt=attempt.number, layer="node"
+                attempt, outcome, error, node=node.label, attempt=attempt.number, layer="node"
             )
         self._end_span(span, outcome)
 
@@ -669,7 +701,7 @@ class Segment:
         call.span.set_attribute("sereno.attempt.backoff_s", seen.retry_in_s)
         del calls.open[seen.call_id]
         self._end_call(seen.visit, call, "retried", seen.error)
-        calls.sleeping[seen.call_id] = _Sleep(seen.call)
+        calls.sleeping[seen.call_id] = _Sleep(seen.call, seen.attempt + 1, seen.retry_in_s)
         self._all.calls_sleeping.inc(self.graph, seen.call)
 
     def _calls_around(self, visit: Visit | None, number: int | None) -> _Retries | None:
@@ -699,7 +731,7 @@ class Segment:
             everything.call_failures.inc(self.graph, call.name, classify(error))
             node = visit.label if visit is not None else None
             self._raised(
-                span,
+                call,
                 outcome,
                 error,
                 node=node,
@@ -747,16 +779,20 @@ class Segment:
             span.end()
 
     def _raised(
-        self, span: Span, outcome: str, error: BaseException | None, **fields: object
+        self, inside: _Inside, outcome: str, error: BaseException | None, **fields: object
     ) -> None:
-        """An attempt failed: on its span, and in the log."""
+        """An attempt failed: on its span, and in the log.
+
+        A model or a tool inside of it may own the exception, and has no record to show it.
+        """
         everything = self._all
         if error is None:  # a result, not an exception, asked for the retry
             return
-        message, owner = self.message(error), self.set_error(span, error)
+        self.set_error(inside.span, error)
+        message, innermost = self.message(error), self._innermost(inside, error)
         fields = {
             **self._where,
-            **_ids_of_span(span),
+            **_ids_of_span(inside.span),
             **fields,
             "outcome": outcome,
             "error_class": classify(error),
@@ -770,11 +806,22 @@ class Segment:
         tell(
             "Attempt failed",
             event_type="attempt.failed",
-            exc_info=error if owner and message is not None else None,
+            exc_info=error if innermost and message is not None else None,
             **fields,
         )
         if outcome == "exhausted":
             log.warning("Retries exhausted", event_type="retry.exhausted", **fields)
+
+    def _innermost(self, attempt: _Inside, error: BaseException) -> bool:
+        """Whether no attempt inside of this one raised the same; from now on this one has."""
+        try:
+            told = error.__dict__.get(_TOLD_OF)
+            if told is not None and told[0] == id(self) and attempt.began <= told[1]:
+                return False
+            error.__dict__[_TOLD_OF] = (id(self), attempt.began)
+        except Exception:  # an exception's own methods may do anything
+            pass
+        return True
 
     @property
     def line_ids(self) -> dict[str, str]:

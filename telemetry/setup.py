@@ -97,6 +97,7 @@ class Telemetry:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             stack.callback(self.metrics.close)
+            stack.callback(self.storage.close)
             stack.push_async_callback(self._export)
             if self.config.instrument_httpx:
                 use_stable_names()

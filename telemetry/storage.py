@@ -94,6 +94,7 @@ class StorageTelemetry(StorageObserver):
     """Counts all of it. A checkpoint operation has a span only if it was slow, or failed.
 
     `identify` is asked where the operation began, for what its span shall say beyond the lease.
+    To be closed: what is held back is told then at the latest.
     """
 
     def __init__(
@@ -104,17 +105,22 @@ class StorageTelemetry(StorageObserver):
         slow_s: float = SLOW_S,
         pause_s: float = PAUSE_S,
         clock: Callable[[], float] = time.monotonic,
+        timer: Callable[[float, Callable[[], None]], threading.Timer] = threading.Timer,
         identify: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._tracing = tracing
         self._slow_s = slow_s
         self._pause_s = pause_s
         self._clock = clock
-        self._lock = threading.Lock()
-        #: When a slow one was told of; how many there were since, and what the slowest took.
+        self._make_timer = timer
+        self._lock = threading.RLock()
+        #: When a slow one was told of; how many there were since, and the slowest of them.
         self._told = -math.inf
         self._slow = 0
-        self._longest_s = 0.0
+        self._slowest: dict[str, Any] = {}
+        #: Tells of them when no other one does.
+        self._timer: threading.Timer | None = None
+        self._closed = False
         self._identify = identify
         self._log = structlog.get_logger("telemetry")
         self._commits = metrics["log_commit_seconds"]
@@ -176,25 +182,52 @@ class StorageTelemetry(StorageObserver):
             self._warn(operation, seconds)
 
     def _warn(self, operation: _Observed, seconds: float) -> None:
-        now = self._clock()
+        this = {
+            "op": operation.op,
+            "duration_s": round(seconds, 3),
+            "bytes": operation.size,
+            "run_id": operation.run.get("sereno.run.id"),
+            "thread_id": operation.run.get("sereno.thread.id"),
+        }
         with self._lock:
             self._slow += 1
-            self._longest_s = max(self._longest_s, seconds)
-            if now - self._told < self._pause_s:
-                return
-            count, longest_s = self._slow, self._longest_s
-            self._told, self._slow, self._longest_s = now, 0, 0.0
+            if not self._slowest or this["duration_s"] > self._slowest["duration_s"]:
+                self._slowest = this
+            wait = self._told + self._pause_s - self._clock()
+            if wait <= 0:
+                self._say(this)
+            elif self._timer is None and not self._closed:
+                self._timer = self._make_timer(wait, self._say_held)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _say_held(self) -> None:
+        try:
+            with self._lock:
+                if self._slow:
+                    self._say(self._slowest)
+        except Exception:
+            self._failures.inc("storage")
+
+    def _say(self, this: Mapping[str, Any]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        count, longest_s = self._slow, self._slowest["duration_s"]
+        self._told, self._slow, self._slowest = self._clock(), 0, {}
         self._log.warning(
             "Checkpoint slow",
             event_type="checkpoint.slow",
-            op=operation.op,
-            duration_s=round(seconds, 3),
-            bytes=operation.size,
+            **this,
             count=count,
-            longest_s=round(longest_s, 3),
-            run_id=operation.run.get("sereno.run.id"),
-            thread_id=operation.run.get("sereno.thread.id"),
+            longest_s=longest_s,
         )
+
+    def close(self) -> None:
+        """Tell what is held back; nothing is from now on."""
+        with self._lock:
+            self._closed = True
+        self._say_held()
 
 
 class _Observed(Operation):

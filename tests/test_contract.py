@@ -288,7 +288,13 @@ def test_spans_have_declared_attributes_only_and_each_is_on_a_span() -> None:
 def test_a_log_key_is_spelt_as_the_last_part_of_its_attribute_or_its_owner() -> None:
     for key, name in contract.LOG_KEYS.items():
         *_, owner, last = name.split(".")
-        assert key in (last, owner, f"{owner}_{last}", "status", "node"), name
+        assert key in (last, owner, f"{owner}_{last}", "status", "node", "reason"), name
+
+
+def test_a_log_key_is_one_of_a_record() -> None:
+    of_events = {field for e in contract.LOG_EVENTS for field in (*e.always, *e.sometimes)}
+
+    assert set(contract.LOG_KEYS) <= of_events | set(contract.LOG_FIELDS)
 
 
 def test_every_event_that_is_a_line_says_what_the_line_is_called() -> None:

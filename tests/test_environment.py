@@ -32,6 +32,7 @@ from telemetry.environment import Ignored, number, take_out
         ("OTEL_ATTRIBUTE_COUNT_LIMIT", "9" * 5000),
         ("OTEL_PYTHON_METER_PROVIDER", "nonsense"),
         ("OTEL_PYTHON_TRACER_PROVIDER", "nonsense"),
+        ("OTEL_PYTHON_TRACER_PROVIDER", "none"),
         ("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "nonsense"),
     ],
 )
@@ -69,7 +70,12 @@ def test_what_can_be_read_stays(variable: str, value: str) -> None:
 
 
 def test_an_empty_value_is_unset_and_nobody_is_told() -> None:
-    environ = {"OTEL_ATTRIBUTE_COUNT_LIMIT": "", "OTEL_EXPORTER_OTLP_TIMEOUT": " "}
+    environ = {
+        "OTEL_ATTRIBUTE_COUNT_LIMIT": "",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": " ",
+        "OTEL_PROPAGATORS": " , ",
+        "OTEL_PYTHON_TRACER_PROVIDER": "",
+    }
 
     assert list(take_out(environ)) == []
     assert environ == {}
@@ -81,6 +87,73 @@ def test_of_several_propagators_those_that_exist_stay() -> None:
 
     assert environ == {"OTEL_PROPAGATORS": "tracecontext"}
     assert "baggage" in ignored.remedy
+
+
+def test_an_empty_part_of_a_list_is_none() -> None:
+    environ = {"OTEL_PROPAGATORS": "tracecontext, ,baggage,"}
+
+    assert list(take_out(environ)) == []
+    assert environ == {"OTEL_PROPAGATORS": "tracecontext,baggage"}
+
+
+REQUEST = """
+import asyncio, sys
+from fastapi import FastAPI
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from telemetry.http import FASTAPI_OFF, observe
+from telemetry.metrics import Metrics
+from telemetry.selfwatch import Selfwatch
+from telemetry.tracing import Tracing
+
+kept, metrics, app = InMemorySpanExporter(), Metrics(), FastAPI(telemetry=FASTAPI_OFF)
+tracing = Tracing(processors=[SimpleSpanProcessor(kept)])
+observe(app).attach(tracing, metrics, Selfwatch(metrics), sys.argv[1])
+app.get("/here")(lambda: {})
+
+async def receive():
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+async def send(message):
+    pass
+
+named = (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+scope = {
+    "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET",
+    "scheme": "http", "path": "/here", "raw_path": b"/here", "root_path": "", "query_string": b"",
+    "headers": [(b"host", b"test"), named], "server": ("test", 80), "client": ("test", 1),
+}
+asyncio.run(app(scope, receive, send))
+(span,) = kept.get_finished_spans()
+mistakes = metrics["telemetry_internal_errors_total"].value("http")
+print(span.name, span.parent is not None, len(span.links), mistakes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "trust", "told"),
+    [
+        ("tracecontext", "parent", "GET /here True 0 0.0"),
+        ("tracecontext", "link", "GET /here False 1 0.0"),
+        ("none", "parent", "GET /here False 0 0.0"),
+        ("none", "link", "GET /here False 0 0.0"),
+        ("tracecontext,none", "parent", "GET /here False 0 0.0"),
+    ],
+)
+def test_without_propagation_a_request_is_a_span_that_knows_no_other(
+    value: str, trust: str, told: str
+) -> None:
+    """In a process of its own: OpenTelemetry reads the variable at its import."""
+    done = subprocess.run(
+        [sys.executable, "-c", REQUEST, trust],
+        env={**os.environ, "OTEL_PROPAGATORS": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == told, done.stderr
 
 
 def test_a_password_in_an_endpoint_is_not_told() -> None:

@@ -37,6 +37,7 @@ from opentelemetry.trace import (
     get_current_span,
     use_span,
 )
+from structlog.testing import capture_logs
 from typing_extensions import TypedDict
 
 from telemetry import langchain, langgraph
@@ -516,6 +517,31 @@ async def test_a_stream_that_breaks_off_is_an_error_and_spends_nothing_twice(
     assert watched.tokens("input") == 11
     assert watched.tokens("input", result="discarded") == 11
     assert watched.tokens("output", result="discarded") == 1
+
+
+@pytest.mark.parametrize("what", ["model", "tool", "model in a subgraph"])
+async def test_the_record_of_the_attempt_has_the_exception_of_its_model_or_tool(
+    watched: Watched, what: str
+) -> None:
+    """The span of the model or tool has it too, and no record of its own."""
+
+    @tool
+    async def broken(x: int) -> str:
+        """Break."""
+        raise ConnectionError("no")
+
+    async def uses_it(state: State) -> State:
+        await broken.ainvoke({"x": 1})
+        return {}
+
+    fails = calling(ainvoke, Talker(errors=[ConnectionError("no")]))
+    graph = graph_of({"tool": uses_it, "model in a subgraph": graph_of(fails)}.get(what, fails))
+    with capture_logs() as records, pytest.raises(ConnectionError):
+        await watched.run(graph)
+
+    told = [r["exc_info"] for r in records if r.get("event_type") == "attempt.failed"]
+    assert isinstance(told[0], ConnectionError)
+    assert told[1:] == [None] * (what == "model in a subgraph")
 
 
 async def test_tokens_of_a_failed_attempt_of_a_node_are_discarded(watched: Watched) -> None:

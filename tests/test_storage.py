@@ -57,6 +57,30 @@ def test_the_twin_does_nothing() -> None:
     operation.end()
 
 
+class FakeTimer:
+    """Goes off when a test calls it."""
+
+    daemon = started = cancelled = False
+
+    def __init__(self, wait: float, call: Any) -> None:
+        self.wait, self.call = wait, call
+
+    def start(self) -> None:
+        self.started = True
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Timers:
+    def __init__(self) -> None:
+        self.made: list[FakeTimer] = []
+
+    def __call__(self, wait: float, call: Any) -> Any:
+        self.made.append(FakeTimer(wait, call))
+        return self.made[-1]
+
+
 def test_commits_and_refusals_are_counted(metrics: Metrics) -> None:
     telemetry = StorageTelemetry(metrics)
     telemetry.committed(0.001, failed=False)
@@ -207,7 +231,14 @@ class TestCheckpoints:
         self, metrics: Metrics, tracing: Tracing, exporter: InMemorySpanExporter
     ) -> None:
         now = 1_000.0
-        telemetry = StorageTelemetry(metrics, tracing, slow_s=0.0, pause_s=60, clock=lambda: now)
+        telemetry = StorageTelemetry(
+            metrics,
+            tracing,
+            slow_s=0.0,
+            pause_s=60,
+            clock=lambda: now,
+            timer=Timers(),
+        )
 
         def put() -> None:
             with telemetry.checkpoint("put", "sqlite", RUN):
@@ -227,6 +258,41 @@ class TestCheckpoints:
         assert records[1]["longest_s"] >= records[1]["duration_s"]
         assert metrics["checkpoint_duration_seconds"].value("put", "sqlite") == 53
         assert len(told(exporter)) == 53
+
+    def test_the_rest_of_a_stall_is_told_when_no_other_follows(self, metrics: Metrics) -> None:
+        now, timers = 1_000.0, Timers()
+        telemetry = StorageTelemetry(
+            metrics, slow_s=0.0, pause_s=60, clock=lambda: now, timer=timers
+        )
+
+        def put(run: str) -> None:
+            with telemetry.checkpoint("put", "sqlite", {"sereno.run.id": run}):
+                pass
+
+        with capture_logs() as records:
+            put("first")
+            now += 20
+            put("second")
+            put("third")
+            (timer,) = timers.made
+            assert (timer.wait, timer.daemon, timer.started) == (40.0, True, True)
+            assert len(records) == 1
+            now += 40
+            timer.call()
+            assert [record["count"] for record in records] == [1, 2]
+            timer.call()
+            now += 60
+            put("later")  # nothing is held back any more
+            put("last")
+            assert [record["count"] for record in records] == [1, 2, 1]
+            telemetry.close()
+            put("after")
+
+        assert records[1]["run_id"] in ("second", "third")
+        assert records[1]["duration_s"] == records[1]["longest_s"]
+        assert [record["count"] for record in records] == [1, 2, 1, 1]
+        assert len(timers.made) == 2
+        assert timers.made[1].cancelled
 
     def test_without_tracing_the_record_is_still_there(self, metrics: Metrics) -> None:
         with (

@@ -223,8 +223,7 @@ def board() -> dashboard.Dashboard:
             19,
             "Streams that ended badly, in words",
             "Slow streams, and those that did not end by their terminal line.",
-            '{service_name="$service"} | event=~"stream.slow|stream.closed"'
-            ' | close_reason!="complete"',
+            '{service_name="$service"} | event=~"stream.slow|stream.closed" | reason!="complete"',
         )
     )
     return made

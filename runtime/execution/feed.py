@@ -614,10 +614,8 @@ class Feed:
         self._flush_due = False
         if self._tokens and self._token_s == 0:
             self._flush_tokens()
-        if not self._pending:
-            return
-        if self._broken is not None:
-            return
+        if not self._pending or self._broken is not None or self._last is not None:
+            return  # what is left goes with the last line
         events, self._pending = self._pending, []
         posted = self._engine.append(self._lease, events)
         self._posted[posted] = events

@@ -106,7 +106,7 @@ class Worker:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.drain()
+        await self._let_go()
         self._claimer.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._claimer
@@ -174,8 +174,13 @@ class Worker:
     async def drain(self) -> None:
         """Claim nothing more; give what runs until the end of its superstep, then let it go."""
         if not self.draining:
-            self.draining = True
             self._log.info("Draining", runs=len(self._runners))
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Drain without a word: a start that failed has nothing to tell of."""
+        if not self.draining:
+            self.draining = True
             for runner in self._runners.values():
                 runner.stop(Stop("drain"))
             self._engine.tails.wake()
@@ -552,7 +557,7 @@ class Worker:
             thread_id=run.thread_id,
             graph=run.graph,
             status=data.get("status", "pending"),
-            duration_ms=data.get("duration_ms"),
+            **({"duration_ms": data["duration_ms"]} if "duration_ms" in data else {}),
             **{name: error[name] for name in _ERROR_FIELDS if name in error},
         )
         segment.end(data, had_output=history.first_output_s is not None)

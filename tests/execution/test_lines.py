@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -36,7 +38,13 @@ from small_graphs import (
 )
 from typing_extensions import TypedDict
 
-from runtime.model import MODES
+from runtime.engines.memory import MemoryEngine
+from runtime.engines.sqlite.engine import SqliteEngine
+from runtime.events import TERMINAL_TYPES, Event
+from runtime.execution.feed import FLUSH_S
+from runtime.model import MODES, Lease
+from telemetry.metrics import Metrics
+from telemetry.storage import StorageTelemetry
 
 INPUT = {"x": 1, "log": []}
 
@@ -974,6 +982,54 @@ async def test_a_node_that_is_cancelled_in_its_back_off_ends_with_the_attempt_th
     assert lines.inner[1:] == ["node.started A 1", "node.retrying A 1", "node.cancelled A 1"]
     assert lines.one("node.retrying")["data"]["retry_in_ms"] == 3_600_000
     assert lines.last["data"]["retries"] == 1
+
+
+class Unhurried:
+    """An engine that says of a run's last lines only after every timer of the feed that they are
+    written."""
+
+    def append(self, lease: Lease, events: Sequence[Event]) -> asyncio.Future[None]:
+        written: asyncio.Future[None] = super().append(lease, events)  # type: ignore[misc]
+        if events[-1].type not in TERMINAL_TYPES:
+            return written
+
+        async def told() -> None:
+            await asyncio.sleep(2 * FLUSH_S)
+            await written
+
+        return asyncio.ensure_future(told())
+
+
+class UnhurriedMemory(Unhurried, MemoryEngine): ...
+
+
+class UnhurriedSqlite(Unhurried, SqliteEngine): ...
+
+
+@pytest.mark.parametrize("engine", [UnhurriedMemory, UnhurriedSqlite])
+@pytest.mark.parametrize("last", ["run.cancelled", "run.timed_out"])
+async def test_the_last_lines_of_a_run_that_is_stopped_are_posted_once(
+    tmp_path: Path, engine: Any, last: str
+) -> None:
+    """What is posted behind its last line has no lease any more, and counts as fenced."""
+
+    async def waits(state: State) -> State:
+        await asyncio.Event().wait()
+        return {}
+
+    metrics = Metrics()
+    store = engine(f"sqlite:///{tmp_path}/s.db", telemetry=StorageTelemetry(metrics))
+    async with serving(chain(("A", waits)), engine=store, clock=time.time) as server:
+        soon = time.time() + 0.5 if last == "run.timed_out" else None
+        submitted = await server.submit(INPUT, deadline=soon)
+        await server.lines(submitted, until=lambda line: line["type"] == "node.started")
+        if soon is None:
+            await server.worker.cancel(submitted.run_id, "enough")
+        lines = Lines(await server.lines(submitted))
+    check_one(lines)
+
+    assert lines.words[-2:] == ["node.cancelled A 1", last]
+    assert metrics["fenced_writes_total"].value("event") == 0
 
 
 async def test_a_sync_node_that_cannot_be_stopped_is_cancelled_and_its_lines_are_dropped() -> None:

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
-from langgraph.types import Command, Send, interrupt
+from langgraph.types import Command, RetryPolicy, Send, interrupt
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -43,7 +43,7 @@ from scenario_graphs import (
 )
 from signals import GAUGES, Signals, Tree, attribute, check_signals, hex_id
 from small_graphs import THREE, Failing, Fault, State, beside, chain
-from tenacity import AsyncRetrying, Retrying, stop_after_attempt
+from tenacity import AsyncRetrying, Retrying, stop_after_attempt, wait_fixed
 
 from runtime.errors import LeaseLost
 from telemetry.contract import classify, error_type
@@ -286,15 +286,25 @@ def check_forest(observed: Observed, made: Scenario) -> None:
 
 
 def check_records(observed: Observed) -> None:
-    """Each failed attempt has a record of its own, and only the owner's shows the exception."""
+    """Each failed attempt has a record of its own; the innermost one's shows the exception, which
+    is on its span, or on that of a model in it."""
+    tree = Tree(observed.spans)
+    owners = set()
+    for span in tree.spans:
+        if span.events:
+            attempt: ReadableSpan | None = span
+            while attempt is not None and attribute(attempt, "attempt.layer") is None:
+                attempt = tree.parent(attempt)
+            assert attempt is not None
+            owners.add(hex_id(attempt))
     failed = {
         hex_id(span): (
             span.attributes["error.type"],
-            bool(span.events),
+            hex_id(span) in owners,
             attribute(span, "attempt.layer"),
             attribute(span, "attempt.number"),
         )
-        for span in Tree(observed.spans).named("attempt")
+        for span in tree.named("attempt")
         if "error.type" in span.attributes
     }
     records = [r for r in observed.records if r.get("event_type") == "attempt.failed"]
@@ -439,6 +449,54 @@ async def test_an_attempt_that_timed_out_ends_when_that_is_seen() -> None:
     assert first.end_time <= second.start_time <= late.start_time
     assert (first.end_time - first.start_time) / 1e9 >= 0.02
     assert attribute(first, "error.class") == "timeout"
+
+
+async def test_what_is_unfinished_says_who_sleeps_and_for_how_long() -> None:
+    asleep = asyncio.Event()
+
+    async def sleep(_: float) -> None:
+        asleep.set()
+        await asyncio.Event().wait()
+
+    async def fails() -> None:
+        raise Fault
+
+    async def waits() -> None:
+        await asyncio.Event().wait()
+
+    async def calls(state: State) -> State:
+        again = AsyncRetrying(sleep=sleep, wait=wait_fixed(60), stop=stop_after_attempt(3))
+        others = [again.copy()(waits) for _ in range(11)]
+        await asyncio.gather(*others, again(fails))
+        return {}
+
+    async def fails_itself(state: State) -> State:
+        raise Fault
+
+    later = RetryPolicy(initial_interval=60, max_interval=60, jitter=False, retry_on=Fault)
+    graph = beside(("A", calls), ("B", fails_itself, {"retry_policy": later}))
+    observed = Observed()
+    async with observing(observed, graph) as (server, _):
+        submitted = await server.submit(INPUT)
+        await asleep.wait()
+        await server.lines(submitted, until=lambda line: line["type"] == "node.retrying")
+        (run,) = observed.segments.live()["runs"]
+        await server.worker.cancel(submitted.run_id, "enough")
+        await server.lines(submitted)
+    nodes = {node.pop("node"): node for node in run["nodes"]}
+
+    assert "calls" not in run
+    assert (nodes["A"]["attempt"], nodes["A"]["state"]) == (1, "running")
+    assert "retry_in_s" not in nodes["A"]
+    first, *others = nodes["A"]["calls"]
+    assert 50 < first.pop("retry_in_s") <= 60
+    assert first.pop("call").endswith("fails")
+    assert first == {"attempt": 2, "state": "retrying"}
+    assert [(call["attempt"], call["state"]) for call in others] == [(1, "running")] * 9
+    assert nodes["A"]["calls_not_shown"] == 2
+    assert (nodes["B"]["attempt"], nodes["B"]["state"]) == (2, "retrying")
+    assert 50 < nodes["B"]["retry_in_s"] <= 60
+    assert "calls" not in nodes["B"]
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,9 @@ def test_a_run_arrives_whole(server: Server, store: Store, graph: str) -> None:
         lambda: end in {(r.get("eventName"), r["spanId"]) for r in store.records(trace_id)},
         "so does the record of its end",
     )
+    # Loki keeps attributes, and not the event's name.
+    records = [record for record in store.records(trace_id) if "eventName" in record]
+    assert {named(r)["event"] == r["eventName"] for r in records} == {True}
 
 
 def test_a_secret_is_masked_wherever_it_hides(server: Server, store: Store) -> None:

@@ -165,6 +165,16 @@ def test_its_logs_are_in_loki_and_lead_back_to_the_trace(
     until(lambda: jaeger(trace_ids.copy().pop()), "the line leads to the trace")
 
 
+@pytest.mark.parametrize("event", ["run.completed", "call.retrying", "stream.closed"])
+def test_loki_finds_a_record_by_its_event(
+    run: Run, loki: Callable[[str], list[tuple[dict[str, str], str]]], event: str
+) -> None:
+    """As runbooks and panels ask for them."""
+    expr = f'{{service_name="sereno"}} | event="{event}"'
+
+    until(lambda: any(said["run_id"] == run.run_id for said, _ in loki(expr)), f"{expr} is found")
+
+
 def test_an_exemplar_leads_to_the_trace(
     real: Programs,
     run: Run,
