@@ -341,7 +341,8 @@ def _admin(settings: Settings, telemetry: Telemetry) -> Iterator[None]:
         listener.__enter__()
     except OSError as exc:
         raise BadSetting(
-            f"SERENO_ADMIN_PORT: {exc}; choose another port, or 0 for a free one"
+            f"SERENO_ADMIN_PORT: {exc}; choose another with --admin-port, or a free one with "
+            "--admin-port 0"
         ) from exc
     _log.info("Admin listener", host=settings.admin_host, port=listener.port)
     try:

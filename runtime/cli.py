@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -23,17 +24,19 @@ from typer.core import TyperGroup
 
 from runtime.cli_client import (
     DEFAULT_URL,
+    FAILED,
     Follower,
     Refused,
     Server,
     Trouble,
     path_of,
 )
-from runtime.cli_screen import Screen
+from runtime.cli_question import given as given_to
+from runtime.cli_screen import Screen, clean
 from runtime.cli_surroundings import Surroundings
 from runtime.cli_top import TYPES, Keys, Top, rows_of, watch
 from runtime.cli_trace import waterfall
-from runtime.cli_view import Line, View, clean, graphs_table, runs_table
+from runtime.cli_view import Line, View, graphs_table, runs_table
 from runtime.errors import SerenoError, StartupError
 from runtime.model import DEFAULT_MODES, MODES
 from runtime.monitoring import Edited, write
@@ -84,11 +87,19 @@ app = typer.Typer(
     "reads the pipe any more.",
 )
 
+
+def _utf8(value: str | None) -> str | None:
+    """An argument that goes to a server or a graph; a path may be of any bytes."""
+    if value is not None and not _encodable(value):
+        raise typer.BadParameter(f"{value!r} is not UTF-8")
+    return value
+
+
 Url = Annotated[
     str, typer.Option("--url", metavar="URL", envvar="SERENO_URL", help="Address of the server.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print NDJSON, on a terminal too.")]
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", callback=_utf8, help="Id of the run.")]
 Config = Annotated[
     list[str] | None,
     typer.Option("--config", metavar="PATH", help="Path of a langgraph.json; may be repeated."),
@@ -113,6 +124,11 @@ def _options(
 
 def main() -> None:
     """The script `sereno`."""
+    # In the order of their numbers: what is opened gets the lowest that is free, and no socket
+    # or file of ours is then where others write.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, mode))
     app(prog_name="sereno")
 
 
@@ -124,6 +140,9 @@ def serve(
     config: Config = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port of the admin listener; 0 takes a free one.")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="Where runs live: a URL.")] = None,
     lenient: Annotated[bool, typer.Option("--lenient", help="Serve the graphs that load.")] = False,
     insecure: Annotated[
@@ -143,6 +162,7 @@ def serve(
     settled = settings.load(
         host=host,
         port=port,
+        admin_port=admin_port,
         engine=engine,
         lenient=lenient or None,
         insecure=insecure or None,
@@ -160,7 +180,9 @@ def serve(
 @app.command()
 def run(
     ctx: typer.Context,
-    graph: Annotated[str, typer.Argument(metavar="GRAPH", help="Name of the graph.")],
+    graph: Annotated[
+        str, typer.Argument(metavar="GRAPH", callback=_utf8, help="Name of the graph.")
+    ],
     input: Annotated[
         str | None,
         typer.Option(
@@ -170,7 +192,8 @@ def run(
         ),
     ] = None,
     thread: Annotated[
-        str | None, typer.Option(metavar="ID", help="Thread to run on; a new one if none.")
+        str | None,
+        typer.Option(metavar="ID", callback=_utf8, help="Thread to run on; a new one if none."),
     ] = None,
     stream: Annotated[
         str | None, typer.Option(metavar="MODES", help=f"What to record, of {','.join(MODES)}.")
@@ -189,6 +212,8 @@ def run(
     5 no server, 130 cancelled. Example: sereno run agent --input '{"question": "why?"}'
     """
     modes = _modes(stream)
+    if deadline is not None and not math.isfinite(deadline):
+        raise Trouble(f"--deadline: {deadline} is not a number of seconds")
     body: dict[str, Any] = {"graph": graph}
     if input is not None:
         body["input"] = _read_input(input)
@@ -228,7 +253,10 @@ def tail(
 def answer(
     ctx: typer.Context,
     asked: Annotated[
-        str, typer.Argument(metavar="RUN|THREAD", help="Who asks: the run, or its thread.")
+        str,
+        typer.Argument(
+            metavar="RUN|THREAD", callback=_utf8, help="Who asks: the run, or its thread."
+        ),
     ],
     value: Annotated[
         str,
@@ -246,7 +274,7 @@ def answer(
 
     Examples: sereno answer THREAD yes; sereno answer THREAD '{"approved": true}'
     """
-    given = value if text else _answer(value)
+    given = _sent(value, "VALUE") if text else _answer(value)
     server = Server.of(ctx, url)
     thread = asked
     try:
@@ -288,8 +316,12 @@ def dashboards(
 @app.command()
 def ps(
     ctx: typer.Context,
-    status: Annotated[str | None, typer.Option(help="Only runs with this status.")] = None,
-    graph: Annotated[str | None, typer.Option(help="Only runs of this graph.")] = None,
+    status: Annotated[
+        str | None, typer.Option(callback=_utf8, help="Only runs with this status.")
+    ] = None,
+    graph: Annotated[
+        str | None, typer.Option(callback=_utf8, help="Only runs of this graph.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most runs to list.")] = 20,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
@@ -304,7 +336,8 @@ def ps(
     elif not runs:
         screen.print("no runs", style="dim")
     else:
-        screen.print(runs_table(runs, server.around.clock(), screen.width))
+        asking = _asking(server, runs, of_all=not params)
+        screen.print(runs_table(runs, server.around.clock(), screen.width, asking))
         if more:
             screen.print("there are more; --limit shows them", style="dim")
 
@@ -345,7 +378,9 @@ def top(
 def cancel(
     ctx: typer.Context,
     run: RunId,
-    reason: Annotated[str | None, typer.Option(help="Why, for the run's last line.")] = None,
+    reason: Annotated[
+        str | None, typer.Option(callback=_utf8, help="Why, for the run's last line.")
+    ] = None,
     url: Url = DEFAULT_URL,
     as_json: Json = False,
 ) -> None:
@@ -415,7 +450,7 @@ def _read_input(given: str, where: str = "--input") -> Any:
         elif given.startswith("@"):
             where += f" {given}"
             text = Path(given[1:]).expanduser().read_bytes()
-        return json.loads(text, parse_constant=_no_constant)
+        return _sent(json.loads(text, parse_constant=_no_constant, parse_float=_finite), where)
     except OSError as exc:
         raise Trouble(f"{where}: {exc.strerror or exc}") from exc
     except json.JSONDecodeError as exc:
@@ -426,13 +461,13 @@ def _read_input(given: str, where: str = "--input") -> Any:
 
 
 def _answer(value: str) -> Any:
-    """JSON if it looks like that; what a person types is mostly text."""
-    if value[:1] in ("@", "-", "{", "[", '"'):
-        return _read_input(value, "VALUE")
-    try:
-        return json.loads(value, parse_constant=_no_constant)
-    except ValueError:
-        return value
+    """JSON if it is or looks like that; what a person types is mostly text."""
+    if value[:1] not in ("@", "-", "{", "[", '"'):
+        try:
+            json.loads(value, parse_constant=_no_constant)
+        except ValueError:
+            return _sent(value, "VALUE")
+    return _read_input(value, "VALUE")
 
 
 def _bound(given: Any, result: Mapping[str, Any]) -> Any:
@@ -447,6 +482,29 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
 
 
+def _finite(number: str) -> float:
+    """What JSON allows and no server takes: it would be infinite."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number} is too large for a number")
+    return value
+
+
+def _sent(value: Any, where: str) -> Any:
+    """A value that can be sent: bytes that are no UTF-8, and escapes like "\\ud800", cannot."""
+    if not _encodable(json.dumps(value, ensure_ascii=False)):
+        raise Trouble(f"{where}: has characters that are not UTF-8")
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _default_input(server: Server, graph: str) -> Any:
     """What the server says that a run of this graph can start from."""
     for known in server.get("/v1/graphs", "graphs")["graphs"]:
@@ -455,13 +513,29 @@ def _default_input(server: Server, graph: str) -> Any:
     return {}
 
 
+def _asking(server: Server, runs: Sequence[Mapping[str, Any]], *, of_all: bool) -> set[str]:
+    """The ids of the runs, newest first, whose thread waits for an answer.
+
+    A list of all runs tells itself which is the latest on its thread.
+    """
+    asking, later = set(), set()
+    for run in runs:
+        latest = run["thread_id"] not in later
+        if of_all:
+            later.add(run["thread_id"])
+        surely = of_all and run["status"] == "interrupted"
+        if latest and (surely or server.asks(run)):
+            asking.add(run["run_id"])
+    return asking
+
+
 # Watching a run.
 
 
 def _watch(follower: Follower, as_json: bool) -> NoReturn:
     """Show a run to its end, and exit as it ended."""
     final: Mapping[str, Any] = {}
-    graph = "GRAPH"
+    graph, trigger = "GRAPH", ""
     try:
         with follower.server.around.view(as_json, follower.server.command) as view:
             for line in follower.lines(view.note):
@@ -469,15 +543,22 @@ def _watch(follower: Follower, as_json: bool) -> NoReturn:
                 final = line.data
                 if final["type"] == "run.queued":
                     graph = final["data"].get("graph", graph)
+                    trigger = final["data"].get("trigger", trigger)
     except KeyboardInterrupt:
         _say(follower.stopped())
         raise typer.Exit(CANCELLED) from None
     if follower.status is not None:  # nothing was left to show
         _say(f"run {follower.run_id} ended with status {follower.status}; no line comes after that")
         raise typer.Exit(EXIT_CODES.get(follower.status, 1))
-    if final["data"]["status"] == "interrupted":
+    status = final["data"]["status"]
+    if status == "interrupted":
         _say(_how_to_answer(final, follower.server, graph))
-    raise typer.Exit(EXIT_CODES.get(final["data"]["status"], 1))
+    elif status in FAILED and trigger == "resume":
+        thread = final["thread_id"]
+        if asked := follower.server.asked(thread):
+            command = follower.server.command("answer", thread, _answers(asked))
+            _say(f"the thread still asks; answer again: {command}")
+    raise typer.Exit(EXIT_CODES.get(status, 1))
 
 
 def _run_here(
@@ -520,16 +601,25 @@ async def _show_all(lines: AsyncIterator[bytes], view: View) -> Mapping[str, Any
 
 def _how_to_answer(line: Mapping[str, Any], server: Server, graph: str) -> str:
     thread = line["thread_id"]
-    ids = [interrupt["id"] for interrupt in line["data"].get("interrupts") or ()]
-    if not ids:  # a breakpoint: there is no question
+    asked = line["data"].get("interrupts") or ()
+    if isinstance(asked, Mapping):  # too large for the line
+        asked = server.asked(thread)
+    if not asked:  # a breakpoint: there is no question
         command = server.command("run", graph, "--thread", thread, "--input", "null")
         return f"the run stopped at a breakpoint; let it go on: {command}"
-    if len(ids) == 1:
-        command = server.command("answer", line["run_id"], "…")
+    if len(asked) == 1:
+        command = server.command("answer", line["run_id"], _answers(asked))
         return f"the run waits for an answer; give it: {command}"
-    given = json.dumps(dict.fromkeys(ids, "…"), ensure_ascii=False)
-    command = server.command("answer", thread, given)
-    return f"the run waits for {len(ids)} answers; give them: {command}"
+    command = server.command("answer", thread, _answers(asked))
+    return f"the run waits for {len(asked)} answers; give them: {command}"
+
+
+def _answers(asked: Sequence[Mapping[str, Any]]) -> str:
+    """What stands on a command line for the answers to some interrupts."""
+    if len(asked) > 1:
+        return json.dumps({one["id"]: given_to(one) for one in asked}, ensure_ascii=False)
+    answer = given_to(asked[0])
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
 class Source:
@@ -556,6 +646,9 @@ class Source:
         raw = self._server.fetch(f"{path_of(run_id)}/stream", params)
         # A connection that was cut in a line leaves it for the next look.
         return [orjson.loads(line) for line in raw.split(b"\n")[:-1]]
+
+    def asks(self, row: Mapping[str, Any]) -> bool:
+        return self._server.asks(row)
 
     def live(self) -> Mapping[str, Any] | None:
         if self._admin is None:

@@ -18,6 +18,7 @@ from runtime.cli_view import Line
 __all__ = [
     "BACKOFF_S",
     "DEFAULT_URL",
+    "FAILED",
     "Follower",
     "NoServer",
     "Refused",
@@ -38,6 +39,9 @@ SILENCE_S = 60.0
 TRANSIENT = (429, 502, 503, 504)
 #: Most rows of one request for runs.
 PAGE = 100
+#: Ends after which a thread may still ask what it asked before, and how many of its runs are
+#: looked at for that.
+FAILED, LOOKED_BACK = ("error", "timeout"), 10
 
 
 class Trouble(Exception):
@@ -110,6 +114,28 @@ class Server:
             if more is None or not answer["runs"]:
                 break
         return runs, more is not None
+
+    def asked(self, thread: str) -> Sequence[Mapping[str, Any]]:
+        """The interrupts that wait on a thread; none where the server cannot say."""
+        try:
+            state = self.get(f"/v1/threads/{quote(thread, safe='')}/state", "interrupts")
+        except Refused:
+            return ()
+        interrupts: Sequence[Mapping[str, Any]] = state["interrupts"]
+        return interrupts
+
+    def asks(self, row: Mapping[str, Any]) -> bool:
+        """Whether a run is the latest on its thread, and the thread waits for an answer."""
+        if row["status"] not in ("interrupted", *FAILED):
+            return False
+        before, _ = self.runs({"thread_id": row["thread_id"]}, LOOKED_BACK)
+        if before and before[0]["run_id"] != row["run_id"]:
+            return False
+        if row["status"] == "interrupted":
+            return True
+        # An answer that does not fit fails its run, and the thread asks as before.
+        interrupted = any(run["status"] == "interrupted" for run in before)
+        return interrupted and bool(self.asked(row["thread_id"]))
 
     def ask(self, method: str, path: str, **more: Any) -> tuple[int, Any]:
         """Status and JSON of an answer. Raises Trouble for everything but success."""

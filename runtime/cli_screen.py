@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, Self
 from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions
 
-__all__ = ["SPINNER", "Held", "Screen", "stand_in"]
+__all__ = ["SPINNER", "Held", "Screen", "clean", "compact", "on_one_line", "stand_in"]
 
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 #: What is written where a terminal's encoding has no such letter; each as wide as what it is for.
@@ -21,6 +22,27 @@ STAND_INS = str.maketrans(
     "▶✓✗■↻…·│→←━┄—" + SPINNER,
     ">+x#~.-|><=--" + "".join("|/-\\"[i % 4] for i in range(len(SPINNER))),
 )
+
+#: What could move the cursor, colour the terminal or reorder its text: it comes from models.
+_UNPRINTABLE = dict.fromkeys(
+    {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
+) | {ord("\t"): "    "}
+
+
+def clean(text: str) -> str:
+    """Text that leaves the terminal alone."""
+    return str(text).translate(_UNPRINTABLE)
+
+
+def on_one_line(text: str) -> str:
+    """A name of somebody's choice."""
+    return " ".join(clean(text).split())
+
+
+def compact(value: Any, most: int = 400) -> str:
+    """A value as JSON on one line, cut when long."""
+    text = clean(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def stand_in(error: UnicodeError) -> tuple[str, int]:

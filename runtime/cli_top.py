@@ -15,14 +15,13 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
-from runtime.cli_screen import SPINNER, Held
+from runtime.cli_screen import SPINNER, Held, clean, on_one_line
 from runtime.cli_view import (
+    ASKS,
     STATUSES,
     Entered,
-    clean,
     counted,
     due,
-    on_one_line,
     seconds,
     took,
     truncating,
@@ -68,6 +67,12 @@ class Source(Protocol):
         """The lines of `TYPES` that there are after a cursor, and `caught_up` or a terminal one."""
         ...
 
+    def asks(self, row: Mapping[str, Any]) -> bool:
+        """Whether the thread of a run that ended badly waits for an answer, and it is the latest
+        there; once false, it stays so.
+        """
+        ...
+
     def live(self) -> Mapping[str, Any] | None:
         """What the admin listener tells of this worker; None without one."""
         ...
@@ -98,6 +103,8 @@ class Run:
     looked_into: bool = False
     #: Seconds since its last line, by the admin listener.
     silence_s: float | None = None
+    #: Whether its thread waits for an answer.
+    asks: bool = False
 
     def take(self, lines: Iterable[Mapping[str, Any]], now: float) -> None:
         """Take in what is new in the log."""
@@ -159,6 +166,8 @@ class Run:
         row["age_s"] = round(max(0.0, now - started), 3) if started is not None else None
         if self.silence_s is not None:
             row["silence_s"] = self.silence_s
+        if self.asks:
+            row["needs_answer"] = True
         if self.looked_into:
             row["nodes"] = [_json(node, now) for node in self.nodes.values()]
         return row
@@ -174,6 +183,8 @@ def _json(node: _Node, now: float) -> dict[str, Any]:
     }
     if node.due is not None:
         told["retry_in_s"] = round(max(0.0, node.due - now), 3)
+        if node.jitter:
+            told["jitter_s"] = node.jitter
     if node.calls:
         told["calls"] = {
             name: {"attempt": attempt, "retry_in_s": round(max(0.0, at - now), 3)}
@@ -191,7 +202,7 @@ class Snapshot:
     #: Newest first.
     pending: Sequence[Run]
     slots: int
-    #: Runs that came to one of `ENDS` lately, newest first.
+    #: Runs that came to one of `ENDS` lately, newest first; of the interrupted those that wait.
     ended: Sequence[Run] = ()
     #: Whether the admin listener was asked and answered.
     admin: bool = False
@@ -233,16 +244,15 @@ class Top:
         self._source = source
         self._clock = clock
         self._runs: dict[str, Run] = {}
+        #: Runs that ended lately and are known to ask nothing, or nothing any more.
+        self._settled: set[str] = set()
 
     def look(self) -> Snapshot:
         running = [self._known(row) for row in self._source.runs("running", MOST)]
         running.sort(key=lambda run: run.row.get("started_at") or "")
         pending = [Run(row) for row in self._source.runs("pending", MOST)]
         now = self._clock()
-        ended = [
-            Run(row) for end in ENDS for row in self._source.runs(end, MOST_ENDED, now - LATELY_S)
-        ]
-        ended.sort(key=lambda run: run.row.get("ended_at") or "", reverse=True)
+        ended = self._ended(now)
         self._runs = {run.row["run_id"]: run for run in running}
         for run in running[:LOOKED_INTO]:
             if not run.looked_into or run.cursor < run.row.get("last_seq", 0):
@@ -256,6 +266,22 @@ class Top:
         return Snapshot(
             running=running, pending=pending, slots=slots, ended=ended, admin=live is not None
         )
+
+    def _ended(self, now: float) -> list[Run]:
+        """Runs that somebody may have to look at, without those that were answered."""
+        since = now - LATELY_S
+        ended = [Run(row) for end in ENDS for row in self._source.runs(end, MOST_ENDED, since)]
+        ended.sort(key=lambda run: run.row.get("ended_at") or "", reverse=True)
+        self._settled &= {run.row["run_id"] for run in ended}
+        for run in [run for run in ended if run.row["run_id"] not in self._settled][:LOOKED_INTO]:
+            run.asks = self._source.asks(run.row)
+            if not run.asks:
+                self._settled.add(run.row["run_id"])
+        return [
+            run
+            for run in ended
+            if run.row["status"] != "interrupted" or run.row["run_id"] not in self._settled
+        ]
 
     def _known(self, row: Mapping[str, Any]) -> Run:
         run = self._runs.get(row["run_id"])
@@ -374,6 +400,8 @@ def _run(run: Run, now: float, width: int) -> Iterator[Text]:
     since = seconds(row.get(began))
     age = took(now - since) if since is not None else ""
     facts = {"pending": [f"queued {age}"], "running": [age]}.get(status, [f"{status} {age} ago"])
+    if run.asks:
+        facts.insert(0, ASKS)
     if run.silence_s is not None and run.silence_s >= 1:
         facts.append(f"silent for {took(run.silence_s)}")
     if row["thread_id"] != row["run_id"]:

@@ -10,7 +10,8 @@ from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from runtime.cli_view import STATUSES, clean, counted, took
+from runtime.cli_screen import clean
+from runtime.cli_view import STATUSES, counted, took
 
 __all__ = ["waterfall"]
 
@@ -188,7 +189,8 @@ def _row(span: _Span, depth: int, until: int) -> _Row:
     if span.end is None:
         mark, style = _OPEN
     label = Text.assemble("  " * depth, (mark, style), " ", _named(span))
-    said = [outcome] if outcome and outcome != "success" else []
+    # The marks of these say it all, and the room is for the cause.
+    said = [outcome] if outcome not in ("", "success", "retried") else []
     if span.end is None:
         said.append("running")
     if "error.type" in about and span.failed:
@@ -253,7 +255,7 @@ def _title(shown: Sequence[_Span], first: int, last: int) -> Text:
 def _notes(
     trace: Mapping[str, Any], spans: Sequence[_Span], shown: Sequence[_Span]
 ) -> Iterator[Text]:
-    others = sum(span not in shown and not span.name.endswith("/trace") for span in spans)
+    others = sum(span not in shown and not _is_look(span) for span in spans)
     if others:
         yield Text(f"  not shown: {counted(others, 'span')} of requests that read it later", "dim")
     left_out = sum(int(s.attributes.get("sereno.run.spans_suppressed") or 0) for s in shown)
@@ -265,6 +267,11 @@ def _notes(
         yield Text(
             "  not all of it: another process saw the rest, or it had to make room", "yellow"
         )
+
+
+def _is_look(span: _Span) -> bool:
+    """Whether it is a request for this very trace; it has no name before it ends."""
+    return span.name.endswith("/trace") or str(span.attributes.get("url.path")).endswith("/trace")
 
 
 def _drawn(rows: Sequence[_Row], first: int, last: int, width: int) -> Iterator[Text]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -22,21 +21,20 @@ from rich.segment import ControlType, Segment
 from rich.table import Table
 from rich.text import Text
 
-from runtime.cli_screen import SPINNER, Held
+from runtime.cli_question import asked
+from runtime.cli_screen import SPINNER, Held, clean, compact, on_one_line
 
 __all__ = [
+    "ASKS",
     "STATUSES",
     "Entered",
     "Line",
     "Plain",
     "RunView",
     "View",
-    "clean",
-    "compact",
     "counted",
     "due",
     "graphs_table",
-    "on_one_line",
     "runs_table",
     "seconds",
     "took",
@@ -63,10 +61,8 @@ STATUSES: Mapping[str, tuple[str, str]] = {
     "interrupted": ("?", "yellow"),
     "cancelled": ("■", "yellow"),
 }
-#: What could move the cursor, colour the terminal or reorder its text: it comes from models.
-_UNPRINTABLE = dict.fromkeys(
-    {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
-) | {ord("\t"): "    "}
+#: What is said of a run whose thread waits for somebody.
+ASKS = "needs an answer"
 
 
 class Line(NamedTuple):
@@ -119,8 +115,10 @@ class Entered:
     since: float
     attempt: int = 1
     of: int | None = None
-    #: When the next attempt is due, and why it is needed, while the node waits for that.
+    #: When the next attempt is due at the earliest, the seconds by which that may be later, and
+    #: why it is needed, while the node waits for it.
     due: float | None = None
+    jitter: float = 0.0
     cause: str = ""
     #: Calls inside it that wait for their next attempt: name → (attempt, due).
     calls: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -137,7 +135,7 @@ class Entered:
         """Take in a `node.retrying`."""
         data = said.get("data") or {}
         self.attempt, self.of = said.get("attempt", 1) + 1, data.get("max_attempts")
-        self.due, self.cause, self.calls = due, _cause(data), {}
+        self.due, self.jitter, self.cause, self.calls = due, _jitter(data), _cause(data), {}
 
     def call_retrying(self, data: Mapping[str, Any], due: float) -> None:
         """Take in a `call.retrying`; the calls before it have come through."""
@@ -146,7 +144,7 @@ class Entered:
     def row(self, now: float, spinner: str) -> Text:
         """The node on one line."""
         if self.due is not None:
-            again = _next_attempt(self.attempt, self.of, self.due - now)
+            again = _next_attempt(self.attempt, self.of, self.due - now, self.jitter)
             return Text.assemble(
                 (f"↻ {self.name}  {again}", "yellow"),
                 (f"  {self.cause}" if self.cause else "", "dim"),
@@ -365,8 +363,7 @@ class RunView:
             case "message":
                 self._message(self._visit(said), said, data)
             case "custom":
-                said_now = _Said(said["seq"], compact(data.get("value")), "cyan")
-                self._visit(said).say(said_now)
+                self._visit(said).say(_Said(said["seq"], _plain(data.get("value")), "cyan"))
             case "values":
                 self._settle()
                 self._print(_tagged("state", compact(data.get("values")), "dim"))
@@ -531,15 +528,19 @@ class RunView:
             rows = map(Segment.get_line_length, self._console.render_lines(told, pad=False))
             self._printed_last.append(_Printed(texts, [*rows]))
 
-    def _asked(self, value: Any) -> Iterator[Text]:
+    def _asked(self, interrupt: Mapping[str, Any]) -> Iterator[Text]:
         yield Text("  asks", "yellow")
-        for told in _told(value):
+        for told in asked(interrupt):
             yield from (_barred("  ", text, "") for text in self._wrapped(told, 4))
 
     def _end(self, said: Mapping[str, Any], data: Mapping[str, Any]) -> None:
         self._print(*_summary(data))
-        for interrupt in data.get("interrupts") or ():
-            self._tell(partial(self._asked, interrupt.get("value")))
+        interrupts = data.get("interrupts") or ()
+        if isinstance(interrupts, Mapping):  # too large for the line
+            self._print(Text(f"  asks: {compact(interrupts)}", "yellow"))
+            interrupts = ()
+        for interrupt in interrupts:
+            self._tell(partial(self._asked, interrupt))
         if data.get("output") is not None:
             self._print(Text(f"  output: {compact(data['output'])}"))
         if said.get("trace_id"):
@@ -592,14 +593,23 @@ def when(said: Mapping[str, Any], now: float) -> float:
 
 
 def due(said: Mapping[str, Any], data: Mapping[str, Any], now: float) -> float:
-    """When what a retry line tells of is tried again."""
+    """When what a retry line tells of is tried again at the earliest."""
     return when(said, now) + float(data.get("retry_in_ms") or 0) / 1000
 
 
-def runs_table(runs: Sequence[Mapping[str, Any]], now: float, width: int) -> Table:
-    """Runs in the order given. Ids are never cut, nor are graphs while a column can go instead."""
+def runs_table(
+    runs: Sequence[Mapping[str, Any]], now: float, width: int, asking: Collection[str] = ()
+) -> Table:
+    """Runs in the order given; `asking` are the ids of those whose thread waits for an answer.
+
+    Ids are never cut, nor are graphs while a column can go instead.
+    """
     gap = 2 if width >= WIDE else 1
     columns = {name: [_cell(run, name, now) for run in runs] for name in COLUMNS}
+    for run, cell in zip(runs, columns["status"], strict=True):
+        if run["run_id"] in asking:
+            also = "" if run["status"] == "interrupted" else f"{run['status']}, "
+            cell.plain = f"{cell.plain[:1]} {also}{ASKS}"
 
     def needed() -> int:
         widths = (max(cell_len(c.plain) for c in [Text(n), *cs]) for n, cs in columns.items())
@@ -667,22 +677,6 @@ def graphs_table(graphs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def clean(text: str) -> str:
-    """Text that leaves the terminal alone."""
-    return str(text).translate(_UNPRINTABLE)
-
-
-def on_one_line(text: str) -> str:
-    """A name of somebody's choice."""
-    return " ".join(clean(text).split())
-
-
-def compact(value: Any, most: int = 400) -> str:
-    """A value as JSON on one line, cut when long."""
-    text = clean(json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def _broken(rows: Iterable[int], width: int) -> int:
     """How many rows a terminal makes of rows that became too long for it."""
     return sum(max(1, -(-cells // width)) for cells in rows)
@@ -716,15 +710,26 @@ def _speech(visit: _Visit, message_id: str) -> _Said | None:
     return None
 
 
-def _next_attempt(attempt: int, of: int | None, left: float) -> str:
-    return f"attempt {attempt}{f' of {of}' if of else ''} " + (
-        f"in {left:.1f} s" if left > 0 else "is due"
-    )
+def _next_attempt(attempt: int, of: int | None, left: float, jitter: float = 0.0) -> str:
+    if left > 0:
+        when = f"in {left:.1f}{f' to {left + jitter:.1f}' if jitter else ''} s"
+    else:  # the dice have fallen, but nobody has told how
+        when = f"within {left + jitter:.1f} s" if left + jitter > 0 else "is due"
+    return f"attempt {attempt}{f' of {of}' if of else ''} {when}"
 
 
 def _retry(attempt: int, data: Mapping[str, Any]) -> str:
-    pause = took(float(data.get("retry_in_ms") or 0) / 1000)
+    least, jitter = float(data.get("retry_in_ms") or 0) / 1000, _jitter(data)
+    if jitter and least + jitter < 60:
+        pause = f"{least:.1f} to {least + jitter:.1f} s"
+    else:
+        pause = f"{took(least)} to {took(least + jitter)}" if jitter else took(least)
     return f"attempt {attempt} failed: {_cause(data)}; again in {pause}"
+
+
+def _jitter(data: Mapping[str, Any]) -> float:
+    """Seconds that LangGraph may add to a back-off, at random."""
+    return float(data.get("jitter_ms") or 0) / 1000
 
 
 def _node_end(kind: str, visit: _Visit, data: Mapping[str, Any]) -> Text:
@@ -770,16 +775,10 @@ def _summary(data: Mapping[str, Any]) -> Iterator[Text]:
         yield Text(f"  reason: {clean(data['reason'])}")
 
 
-def _told(value: Any) -> Iterator[str]:
-    """What an interrupt asks, as a person reads it."""
-    if isinstance(value, str):
-        yield clean(value)
-    elif isinstance(value, Mapping) and value:
-        for name, member in value.items():
-            text = clean(member) if isinstance(member, str) else compact(member, 2000)
-            yield f"{clean(name)}: {text}"
-    else:
-        yield compact(value, 2000)
+def _plain(value: Any) -> str:
+    """A custom value as a person would say it."""
+    said = value.get("message") if isinstance(value, Mapping) else value
+    return clean(said) if isinstance(said, str) else compact(value)
 
 
 def _cause(data: Mapping[str, Any]) -> str:

@@ -43,6 +43,9 @@ from runtime.projects import Project, digest
 
 __all__ = ["Graphs", "LoadedGraph"]
 
+#: Characters of a graph's name.
+LONGEST_NAME = 128
+
 log = structlog.get_logger("graphs")
 
 Graph: TypeAlias = Pregel[Any, Any, Any, Any]
@@ -147,6 +150,8 @@ class LoadedGraph:
     wrap: Wrap = field(default=_as_it_is, repr=False, compare=False)
     #: What `schema` has worked out.
     _schema: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    #: What others work out about it once and keep for as long as it is served.
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @asynccontextmanager
     async def open(self, config: RunnableConfig) -> AsyncIterator[Graph]:
@@ -239,12 +244,30 @@ def _read_sources(sources: Sequence[str | Path]) -> list[_Entry]:
         else:
             found = _read_config(Path(source), projects)
         for entry in found:
+            _check_name(entry)
             if (first := entries.setdefault(entry.name, entry)) is not entry:
                 raise GraphLoadFailed(
                     f"graph {entry.name!r} is given twice: "
                     f"by {first.given_by} and by {entry.given_by}"
                 )
     return list(entries.values())
+
+
+def _check_name(entry: _Entry) -> None:
+    """A name is a part of addresses, an argument and a label: it must come through whole."""
+    name = entry.name
+    fits = (
+        0 < len(name) <= LONGEST_NAME
+        and name.isprintable()
+        and name == name.strip()
+        and not set(name) & set("/\\")
+        and name not in (".", "..")
+    )
+    if not fits:
+        raise GraphLoadFailed(
+            f"{entry.given_by}: no graph can be called {name[: LONGEST_NAME + 1]!r}: give it a "
+            f"name of 1 to {LONGEST_NAME} visible characters, spaces between them, without / and \\"
+        )
 
 
 #: By folder and import paths: two files of one folder share their modules.
@@ -267,8 +290,10 @@ def _read_config(source: Path, projects: _Projects) -> list[_Entry]:
     path = path / "langgraph.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text("utf-8"))
-        graphs = {name: _target(entry) for name, entry in config["graphs"].items()}
-        defaults = dict(config.get("sereno", {}).get("default_input", {}))
+        # NaN and half characters can be read, but never be told in an answer.
+        json.dumps(config, ensure_ascii=False, allow_nan=False).encode()
+        graphs = {name: _target(name, entry) for name, entry in config["graphs"].items()}
+        defaults = _default_inputs(config.get("sereno") or {})
     except KeyError:
         raise GraphLoadFailed(f"{path} has no 'graphs'") from None
     except (OSError, ValueError, TypeError, AttributeError) as exc:
@@ -299,13 +324,31 @@ def _read_config(source: Path, projects: _Projects) -> list[_Entry]:
     ]
 
 
-def _target(entry: Any) -> tuple[str, str | None]:
+def _target(name: str, entry: Any) -> tuple[str, str | None]:
     target, description = (
         (entry["path"], entry.get("description")) if isinstance(entry, dict) else (entry, None)
     )
     if not isinstance(target, str) or not re.fullmatch(r".+:\w+", target):
         raise ValueError(f"{target!r} is not './path.py:variable' or 'module:variable'")
+    if not isinstance(description, str | None):
+        raise ValueError(
+            f"'description' of graph {name!r} is {description!r}: write a text, or leave it out"
+        )
     return target, description
+
+
+def _default_inputs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    defaults = config.get("default_input", {})
+    if not isinstance(defaults, dict):
+        raise ValueError(
+            f"'default_input' is {defaults!r}: write an object, from a graph's name to its input"
+        )
+    for name, given in defaults.items():
+        if not isinstance(given, dict | None):
+            raise ValueError(
+                f"'default_input' of graph {name!r} is {given!r}: write an object, or leave it out"
+            )
+    return defaults
 
 
 def _file_of(target: str, folder: Path) -> Path | None:

@@ -21,11 +21,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from runtime.cli import app
+from runtime.cli import Source, app
 from runtime.cli_client import BACKOFF_S
+from runtime.cli_client import Server as Client
+from runtime.cli_question import fitting
+from runtime.cli_screen import compact
 from runtime.cli_surroundings import Surroundings
-from runtime.cli_top import Run, Snapshot, rows_of
-from runtime.cli_view import Line, RunView, compact
+from runtime.cli_top import Run, Snapshot, Top, rows_of
+from runtime.cli_view import Line, RunView
 from runtime.errors import GraphLoadFailed, UnknownGraph
 
 RUN, THREAD = "01RUN", "t-1"
@@ -312,6 +315,16 @@ def test_the_exit_code_tells_how_the_run_ended(
             """2 answers; give them: `sereno answer t-1 '{"i1": "…", "i2": "…"}'`""",
             id="two",
         ),
+        pytest.param(
+            [{"id": "i1", "value": {"answers": ["sí", 'say "no"', '{"approve": true}', "5"]}}],
+            f"""give it: `sereno answer {RUN} '{{"approve": true}}'`""",
+            id="first-answer-in-json",
+        ),
+        pytest.param(
+            [{"id": "i1", "value": {"answers": [[1]]}}, {"id": "i2", "value": {"answers": "x"}}],
+            """give them: `sereno answer t-1 '{"i1": [1], "i2": "…"}'`""",
+            id="two-of-which-one-names-answers",
+        ),
         pytest.param([], "`sereno run agent --thread t-1 --input null`", id="breakpoint"),
     ],
 )
@@ -369,6 +382,43 @@ def test_an_answer_to_a_run_meets_no_later_question_of_its_thread(given: str, se
     assert server.body == {"resume": sent}
 
 
+def test_questions_too_large_for_their_line_are_asked_for() -> None:
+    last = end(1, "run.interrupted", "interrupted", interrupts={"$ref": "/v1/x", "bytes": 9})
+    state = httpx2.Response(200, json={"interrupts": [{"id": "i1", "value": {"answers": [7]}}]})
+    server = Server(stream([last]), state)
+
+    assert f"give it: `sereno answer {RUN} 7`" in sereno(server, "tail", RUN).stderr
+    assert server.paths[1:] == [f"/v1/threads/{THREAD}/state"]
+
+
+@pytest.mark.parametrize(
+    ("status", "trigger", "state", "asked"),
+    [
+        pytest.param("error", "resume", {"interrupts": [{"id": "i1"}]}, True, id="misfit"),
+        pytest.param("error", "resume", {"interrupts": []}, False, id="another-error"),
+        pytest.param("error", "resume", None, False, id="nobody-can-say"),
+        pytest.param("error", "api", {"interrupts": [{"id": "i1"}]}, False, id="no-answer"),
+        pytest.param("success", "resume", {"interrupts": [{"id": "i2"}]}, False, id="success"),
+    ],
+)
+def test_after_an_answer_that_does_not_fit_the_thread_still_asks(
+    status: str, trigger: str, state: dict[str, Any] | None, asked: bool
+) -> None:
+    first = line(1, "run.queued", {"graph": "agent", "trigger": trigger})
+    told = httpx2.Response(200, json=state) if state else problem(404, "graph_not_found", "gone")
+    server = Server(
+        httpx2.Response(200, json={"thread_id": THREAD}),
+        stream([first, end(2, "run.failed", status)]),
+        told,
+    )
+
+    result = sereno(server, "answer", RUN, '{"approve": "maybe"}')
+
+    said = "sereno: the thread still asks; answer again: `sereno answer t-1 '…'`\n"
+    assert result.stderr == (said if asked else "")
+    assert result.code == (0 if status == "success" else 1)
+
+
 def test_a_server_in_trouble_is_not_asked_for_a_thread_of_a_runs_name() -> None:
     server = Server(httpx2.Response(503, json={"code": "storage_failed", "detail": "full"}))
 
@@ -383,6 +433,26 @@ def test_an_answer_that_is_half_json_is_not_taken_for_text() -> None:
 
     assert result.code == 2
     assert "VALUE: not JSON at line 1 column" in result.stderr
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (("1e999",), "VALUE: not JSON: 1e999 is too large for a number"),
+        (("--", "-1e999"), "VALUE: not JSON: -1e999 is too large for a number"),
+        (("\udcff",), "VALUE: has characters that are not UTF-8"),
+        (("--text", "\udcff"), "VALUE: has characters that are not UTF-8"),
+        (('"\\ud800"',), "VALUE: has characters that are not UTF-8"),
+    ],
+)
+def test_an_answer_that_cannot_be_sent_is_refused(value: tuple[str, ...], says: str) -> None:
+    server = Server(stream(LINES))
+
+    result = sereno(server, "answer", THREAD, *value)
+
+    assert result.code == 2
+    assert result.stderr == f"sereno: {says}\n"
     assert server.requests == []
 
 
@@ -481,6 +551,9 @@ def test_input_comes_from_stdin() -> None:
         pytest.param("-", b"\xff", "--input - (stdin): not JSON: 'utf-8' codec", id="not-utf-8"),
         pytest.param("@no.json", b"", "--input @no.json: No such file or directory", id="no-file"),
         pytest.param("[NaN]", b"", "--input: not JSON: NaN is not a number", id="nan"),
+        pytest.param('{"v": 1e999}', b"", "--input: not JSON: 1e999 is too large", id="infinite"),
+        pytest.param('"\udcff"', b"", "--input: has characters that are not UTF-8", id="bytes"),
+        pytest.param('{"\\ud800": 1}', b"", "--input: has characters that", id="surrogate"),
         pytest.param("[" * 100_000, b"", "--input: not JSON", id="deep"),
     ],
 )
@@ -500,6 +573,8 @@ def test_bad_input_is_named_with_its_place(given: str, stdin: bytes, says: str) 
         (("run", "a", "--stream", "updates,nope"), "--stream: 'nope' is not one of updates"),
         (("run", "a", "--local", "--deadline", "1"), "--deadline: needs a server"),
         (("run", "a", "--config", "x.json"), "--config: is for --local"),
+        (("run", "a", "--deadline", "1e999"), "--deadline: inf is not a number of seconds"),
+        (("run", "a", "--deadline", "nan"), "--deadline: nan is not a number of seconds"),
         (("tail", RUN, "--after", "x"), "--after: 'x' is neither"),
         (("ps", "--url", "localhost:8009"), "--url: 'localhost:8009' is not a server's address"),
         (("ps", "--url", "http://[::1"), "--url: 'http://[::1' is not a server's address"),
@@ -513,6 +588,37 @@ def test_options_that_cannot_be_used_are_named(args: tuple[str, ...], says: str)
     assert result.code == 2
     assert result.stderr.startswith(f"sereno: {says}")
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (("run", "\udcff"), "GRAPH"),
+        (("run", "a", "--thread", "\udcff"), "--thread"),
+        (("answer", "\udcff", "1"), "RUN|THREAD"),
+        (("tail", "\udcff"), "RUN"),
+        (("trace", "\udcff"), "RUN"),
+        (("cancel", "\udcff"), "RUN"),
+        (("cancel", RUN, "--reason", "\udcff"), "--reason"),
+        (("ps", "--graph", "\udcff"), "--graph"),
+        (("ps", "--status", "\udcff"), "--status"),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_named(args: tuple[str, ...], name: str) -> None:
+    server = Server(stream(LINES))
+
+    result = sereno(server, *args)
+
+    assert result.code == 2
+    assert f"Invalid value for '{name}': '\\udcff' is not UTF-8" in result.stderr
+    assert server.requests == []
+
+
+def test_what_begins_with_a_dash_comes_after_two() -> None:
+    server = Server(stream(LINES))
+
+    assert sereno(server, "run", "--input", "{}", "--", "-agent").code == 0
+    assert server.body["graph"] == "-agent"
 
 
 # tail
@@ -712,7 +818,10 @@ def test_ps_never_cuts_an_id() -> None:
 @pytest.mark.parametrize(
     ("width", "row"),
     [
-        pytest.param(60, "01M878Q3AYM3MNYJDQ52M1S410 screening ? interrupted 2 m 00 s", id="60"),
+        pytest.param(
+            70, "01M878Q3AYM3MNYJDQ52M1S410 screening ? needs an answer 2 m 00 s", id="70"
+        ),
+        pytest.param(60, "01M878Q3AYM3MNYJDQ52M1S410 screening ? needs an answer", id="60"),
         pytest.param(40, "01M878Q3AYM3MNYJDQ52M1S410 screening ?", id="40"),
     ],
 )
@@ -723,6 +832,48 @@ def test_ps_leaves_out_columns_before_it_breaks_the_name_of_a_graph(width: int, 
     sereno(Server(httpx2.Response(200, json={"runs": [run]})), "ps", console=console)
 
     assert [" ".join(text.split()) for text in shown().splitlines()[1:]] == [row]
+
+
+def test_ps_marks_the_runs_whose_threads_wait_for_an_answer() -> None:
+    """The latest that was interrupted, or failed on an answer that did not fit."""
+    rows = [
+        run_row(9, thread_id="misfit", status="error"),
+        run_row(8, thread_id="broken", status="error"),
+        run_row(7, thread_id="answered", status="success"),
+        run_row(6, thread_id="answered", status="interrupted"),
+        run_row(5, thread_id="asks", status="interrupted"),
+        run_row(4, thread_id="misfit", status="interrupted"),
+    ]
+
+    def asked(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path.endswith("/state"):
+            return httpx2.Response(200, json={"interrupts": [{"id": "i1", "value": "?"}]})
+        thread, status = request.url.params.get("thread_id"), request.url.params.get("status")
+        found = [
+            row
+            for row in rows
+            if thread in (None, row["thread_id"]) and status in (None, row["status"])
+        ]
+        return httpx2.Response(200, json={"runs": found})
+
+    for status, paths in (
+        (None, ["misfit&limit=10", "/state", "broken&limit=10"]),
+        ("interrupted", ["answered&limit=10", "asks&limit=10", "misfit&limit=10"]),
+    ):
+        server, (console, shown) = Server(asked), terminal(100)
+        sereno(server, "ps", *(["--status", status] if status else []), console=console)
+
+        told = {row.split()[0]: " ".join(row.split()[3:7]) for row in shown().splitlines()[1:]}
+        assert told["01RUN5"] == "? needs an answer"
+        assert told["01RUN6"].startswith("? interrupted")
+        assert told["01RUN4"].startswith("? interrupted")
+        if status is None:
+            assert told["01RUN9"] == "✗ error, needs an"
+            assert told["01RUN8"].startswith("✗ error 2")
+        assert [
+            path.rpartition("thread_id=")[2][-len(end) :]
+            for path, end in zip(server.paths[1:], paths, strict=True)
+        ] == paths
 
 
 def test_ps_without_runs_says_so_on_a_terminal() -> None:
@@ -813,6 +964,9 @@ class Busy:
         self.paths: list[str] = []
         #: Numbers of the runs that ended lately, by how.
         self.ends: dict[str, list[int]] = {"error": [], "timeout": [], "interrupted": []}
+        #: Runs by thread, newest first, and threads that wait for an answer.
+        self.threads: dict[str, list[dict[str, Any]]] = {}
+        self.asking: set[str] = set()
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         path = str(request.url).removeprefix(URL)
@@ -821,9 +975,15 @@ class Busy:
             return httpx2.Response(200, json={"runs": self.running, "next_cursor": None})
         if "&updated_after=" in path:
             assert "updated_after=2027-01-15T07%3A00" in path
-            name, took = path.partition("status=")[2].partition("&")[0], NOW - 60
-            ended = [run_row(n, status=name, ended_at=stamp(took + n)) for n in self.ends[name]]
+            name = path.partition("status=")[2].partition("&")[0]
+            ended = [self.ended(n, name) for n in self.ends[name]]
             return httpx2.Response(200, json={"runs": ended, "next_cursor": None})
+        if path.startswith("/v1/runs?thread_id="):
+            known = self.threads.get(request.url.params["thread_id"], [])
+            return httpx2.Response(200, json={"runs": known, "next_cursor": None})
+        if path.endswith("/state"):
+            asked = [{"id": "i1", "value": "?"}] if path.split("/")[3] in self.asking else []
+            return httpx2.Response(200, json={"interrupts": asked})
         if path.startswith("/v1/runs?status=pending"):
             waits = run_row(2, status="pending", started_at=None)
             return httpx2.Response(200, json={"runs": [waits], "next_cursor": None})
@@ -833,6 +993,10 @@ class Busy:
             told = {"run_id": "01RUN1", "silence_s": 12.5, "nodes": []}
             return httpx2.Response(200, json={"runs": [told]})
         return stream(self.lives.pop(0))
+
+    def ended(self, number: int, status: str) -> dict[str, Any]:
+        at = stamp(NOW - 60 + number)
+        return run_row(number, status=status, ended_at=at, thread_id=f"t-{number % 10}")
 
 
 def test_top_as_json_tells_of_the_server_and_its_runs_once() -> None:
@@ -918,10 +1082,47 @@ def test_top_tells_what_ended_badly_in_the_last_hour_and_what_waits_to_be_answer
     seen = Snapshot(running=[], pending=[], slots=4, ended=[Run(row) for row in rows[3:]])
     assert [text.plain for text in rows_of(seen, NOW, 80)] == [
         "no run goes on",
-        "✗ 01RUN7 agent  error 53.0 s ago  thread t-1",
-        "? 01RUN5 agent  interrupted 55.0 s ago  thread t-1",
-        "✗ 01RUN3 agent  error 57.0 s ago  thread t-1",
+        "✗ 01RUN7 agent  error 53.0 s ago  thread t-7",
+        "? 01RUN5 agent  interrupted 55.0 s ago  thread t-5",
+        "✗ 01RUN3 agent  error 57.0 s ago  thread t-3",
     ]
+
+
+def test_top_leaves_out_what_was_answered_and_marks_what_needs_an_answer() -> None:
+    busy = Busy([bookmark("caught_up", 1)], [], running=[])
+    busy.ends = {"error": [16, 3], "timeout": [], "interrupted": [5, 6, 7]}
+    ended = busy.ended
+    busy.threads = {
+        "t-3": [ended(3, "error")],
+        "t-5": [ended(5, "interrupted")],
+        "t-6": [ended(16, "error"), ended(6, "interrupted")],  # its answer did not fit
+        "t-7": [ended(17, "success"), ended(7, "interrupted")],
+    }
+    busy.asking = {"t-6", "t-7"}
+    server = Server(busy)
+    client = Client(URL, server.around())
+    top = Top(Source(client, None), server.clock)
+
+    seen = top.look()
+    shown = [text.plain for text in rows_of(seen, NOW, 80)]
+
+    assert [run.row["run_id"] for run in seen.ended] == ["01RUN16", "01RUN5", "01RUN3"]
+    assert shown[:3] == [
+        "✗ 01RUN16 agent  needs an answer  error 44.0 s ago  thread t-6",
+        "? 01RUN5 agent  needs an answer  interrupted 55.0 s ago  thread t-5",
+        "✗ 01RUN3 agent  error 57.0 s ago  thread t-3",
+    ]
+    head, *rows = seen.rows(NOW)
+    assert head["last_hour"] == {"error": 2, "timeout": 0, "interrupted": 1}
+    assert [row.get("needs_answer") for row in rows[1:4]] == [True, True, None]
+
+    busy.paths.clear()
+    busy.threads["t-5"].insert(0, ended(18, "success"))
+    assert [run.row["run_id"] for run in top.look().ended] == ["01RUN16", "01RUN3"]
+    assert sorted(path for path in busy.paths if "thread_id" in path) == [
+        "/v1/runs?thread_id=t-5&limit=10",
+        "/v1/runs?thread_id=t-6&limit=10",
+    ]  # what was settled is not asked for again
 
 
 def test_top_puts_first_what_waits_to_retry_and_then_what_is_oldest() -> None:
@@ -1086,6 +1287,30 @@ def test_a_waiting_retry_counts_down() -> None:
         assert below(view) == [f"↻ score  {says}  transport"]
 
 
+def test_a_back_off_with_jitter_is_told_as_what_is_known_of_it() -> None:
+    data = {"error_class": "transport", "retry_in_ms": 800, "jitter_ms": 1000, "max_attempts": 3}
+    lines = [*LINES[:3], node(4, "node.retrying", data)]
+    for now, says in [
+        (NOW, "in 0.8 to 1.8 s"),
+        (NOW + 0.5, "in 0.3 to 1.3 s"),
+        (NOW + 1.0, "within 0.8 s"),
+        (NOW + 2.0, "is due"),
+    ]:
+        assert below(view_of(*lines, now=now)[0]) == [f"↻ score  attempt 2 of 3 {says}  transport"]
+
+    _, printed = view_of(*lines, node(5, "node.completed"), end(6))
+    assert "↻ attempt 1 failed: transport; again in 0.8 to 1.8 s\n" in printed
+
+    data["retry_in_ms"] = 90_000
+    _, printed = view_of(*LINES[:3], node(4, "node.retrying", data), end(5), width=80)
+    assert "again in 1 m 30 s to 1 m 31 s\n" in printed
+
+    run = Run(run_row(1))
+    run.take(map(json.loads, lines), NOW)
+    (told,) = run.json(NOW)["nodes"]
+    assert (told["retry_in_s"], told["jitter_s"]) == (0.8, 1.0)
+
+
 def test_a_countdown_is_never_longer_than_the_back_off() -> None:
     """The server's clock may be ahead of ours."""
     view, _ = view_of(*LINES[:4], now=NOW - 3600)
@@ -1155,6 +1380,78 @@ def test_a_message_is_printed_with_its_tool_calls_and_their_answers() -> None:
         "  │ Let me see.",
         '  │ → search {"q": "x"}',
         '  │ ← search "found\\nit"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("half\nway", ["half", "way"]),
+        ({"message": "half way", "done": 1}, ["half way"]),
+        ({"message": 1}, ['{"message": 1}']),
+        (None, ["null"]),
+    ],
+    ids=str,
+)
+def test_what_a_node_writes_is_shown_as_a_person_would_say_it(value: Any, says: list[str]) -> None:
+    _, printed = view_of(*LINES[:3], node(4, "custom", {"value": value}), end(5))
+
+    assert [text for text in printed.splitlines() if "│" in text] == [f"  │ {s}" for s in says]
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "boolean"}, "boolean"),
+        (
+            {
+                "properties": {
+                    "approve": {"type": "boolean"},
+                    "remark": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+                },
+                "required": ["approve"],
+                "type": "object",
+            },
+            '{"approve": boolean, "remark"?: string | null}',
+        ),
+        (
+            {
+                "$defs": {"Size": {"enum": ["s", "m"]}},
+                "type": "array",
+                "items": {"$ref": "#/$defs/Size"},
+            },
+            '["s" | "m", …]',
+        ),
+        ({"type": ["integer", "null"]}, "integer | null"),
+        ({"oneOf": [{"const": 1}, {"const": 1}, {"type": "object"}]}, "1 | {…}"),
+        (
+            {
+                "$ref": "#/$defs/A",
+                "$defs": {"A": {"type": "array", "items": {"$ref": "#/$defs/A"}}},
+            },
+            "[[…, …], …]",
+        ),
+        ({"$ref": "http://elsewhere"}, "anything"),
+        ({"anyOf": {}, "properties": [], "enum": 1}, "anything"),
+        ({"enum": ["x" * 50] * 50}, " | ".join([json.dumps("x" * 50)] * 50)[:299] + "…"),
+    ],
+    ids=str,
+)
+def test_what_answers_fit_is_said_on_one_line(schema: dict[str, Any], says: str) -> None:
+    assert fitting(schema) == says
+
+
+def test_a_question_shows_what_answers_fit_and_those_that_it_names() -> None:
+    value = {"question": "Publish?", "answers": ['{"approve": true}', "a text"]}
+    asks = {"id": "i1", "value": value, "response_schema": {"type": "boolean"}}
+
+    _, printed = view_of(end(1, "run.interrupted", "interrupted", interrupts=[asks]))
+
+    assert printed.splitlines()[1:5] == [
+        "  asks",
+        "  │ question: Publish?",
+        '  │ answers: {"approve": true} | a text',
+        "  │ fits: boolean",
     ]
 
 
@@ -1316,7 +1613,7 @@ def test_a_recovery_takes_back_what_lost_tasks_have_said() -> None:
     assert below(view) == ["⠋ score  0 ms", "  ✓ deep  5 ms"]
 
     _, printed = view_of(*lines, node(9, "node.completed", {"attempts": 1}), end(10))
-    assert printed.splitlines()[2:5] == ["✓ score  0 ms", "  ✓ deep  5 ms", '    │ "kept"']
+    assert printed.splitlines()[2:5] == ["✓ score  0 ms", "  ✓ deep  5 ms", "    │ kept"]
 
 
 def test_a_run_that_waits_or_was_given_back_says_so() -> None:
@@ -1452,13 +1749,14 @@ def test_serve_hands_on_settings_and_sources(composed: types.SimpleNamespace) ->
     result = sereno(
         nobody(),
         *("serve", "mod:graph", "--config", "a.json", "--config", "b.json", "--port", "0"),
-        *("--engine", "memory://", "--lenient", "--log-level", "DEBUG"),
+        *("--engine", "memory://", "--lenient", "--log-level", "DEBUG", "--admin-port", "9010"),
     )
 
     assert result.code == 7
     [(settings, sources)] = composed.calls
     assert sources == ["a.json", "b.json", "mod:graph"]
     assert (settings.port, settings.engine, settings.lenient) == (0, "memory://", True)
+    assert settings.admin_port == 9010
     assert (settings.host, settings.insecure, settings.log_level) == ("127.0.0.1", False, "DEBUG")
 
 
@@ -1467,11 +1765,13 @@ def test_serve_leaves_to_the_environment_what_it_is_not_told(
 ) -> None:
     monkeypatch.setenv("SERENO_LENIENT", "1")
     monkeypatch.setenv("SERENO_PORT", "9000")
+    monkeypatch.setenv("SERENO_ADMIN_PORT", "9001")
     Path("langgraph.json").write_text("{}")
 
     assert sereno(nobody(), "serve").code == 0
     [(settings, sources)] = composed.calls
     assert (settings.lenient, settings.port, sources) == (True, 9000, ["langgraph.json"])
+    assert settings.admin_port == 9001
 
 
 @pytest.mark.parametrize("args", [("serve",), ("run", "a", "--local")])

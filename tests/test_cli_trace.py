@@ -125,7 +125,7 @@ def test_attempts_stand_below_their_node_with_the_pause_between_them(story: Stor
         "· POST /v1/runs",
         "  ✓ run g",
         "    ✓ node a",
-        "      ↻ attempt 1 of 3  retried Connect…",
+        "      ↻ attempt 1 of 3  ConnectionError",
         "        refused: [red]not markup[/red]",
         "      ┄ sleep",
         "      ✓ attempt 2 of 3",
@@ -137,9 +137,7 @@ def test_bars_are_to_scale(story: Story) -> None:
     lines = drawn(story.told(), width=180)
 
     assert bar_of(lines, "✓ run g") == (0, 1)
-    assert bar_of(lines, "↻ attempt 1 of 3  retried ConnectionError") == pytest.approx(
-        (0, 0.3), abs=0.02
-    )
+    assert bar_of(lines, "↻ attempt 1 of 3  ConnectionError") == pytest.approx((0, 0.3), abs=0.02)
     assert bar_of(lines, "┄ sleep") == pytest.approx((0.3, 0.5), abs=0.02)
     assert bar_of(lines, "✓ attempt 2 of 3") == pytest.approx((0.5, 1), abs=0.02)
 
@@ -162,7 +160,7 @@ def test_a_run_that_goes_on_is_open_to_the_right(story: Story) -> None:
     assert labels(lines[2:]) == [
         "▶ run g  running",
         "  ▶ node a  running",
-        "    ↻ attempt 1  retried ValueError",
+        "    ↻ attempt 1  ValueError",
         "      no",
         "    ┄ sleeps, 3.0 s planned",
     ]
@@ -221,6 +219,15 @@ def test_requests_that_came_later_do_not_stretch_the_scale(story: Story) -> None
 
     assert lines[0].startswith("✓ success  run g  2.0 s")
     assert "not shown: 1 span of requests that read it later" in "\n".join(lines)
+
+
+def test_the_request_that_asks_for_the_trace_is_none_that_is_missed(story: Story) -> None:
+    """Its span is open, and has no name yet."""
+    retried(story)
+    path = {"url.path": "/v1/runs/r/trace", "sereno.run.id": "r"}
+    story.tracing.start("GET", kind=SpanKind.SERVER, parent=None, attributes=path, start_ns=BEGAN)
+
+    assert "not shown" not in "\n".join(drawn(story.told()))
 
 
 def test_it_says_when_something_is_missing(story: Story) -> None:

@@ -370,6 +370,36 @@ async def test_a_graph_that_does_not_load_names_file_attribute_and_cause(
             "unknown graphs: \\['b'\\]",
             id="default input of nothing",
         ),
+        pytest.param(
+            '{"graphs": {"a": {"path": "x:y", "description": 5}}}',
+            "'description' of graph 'a' is 5: write a text, or leave it out",
+            id="description",
+        ),
+        pytest.param(
+            '{"graphs": {"a": "x:y"}, "sereno": {"default_input": {"a": [1]}}}',
+            "'default_input' of graph 'a' is \\[1\\]: write an object, or leave it out",
+            id="default input that is a list",
+        ),
+        pytest.param(
+            '{"graphs": {"a": "x:y"}, "sereno": {"default_input": {"a": "hi"}}}',
+            "'default_input' of graph 'a' is 'hi': write an object",
+            id="default input that is a text",
+        ),
+        pytest.param(
+            '{"graphs": {"a": "x:y"}, "sereno": {"default_input": []}}',
+            "'default_input' is \\[\\]: write an object, from a graph's name to its input",
+            id="default inputs that are a list",
+        ),
+        pytest.param(
+            '{"graphs": {"a": "x:y"}, "sereno": {"default_input": {"a": {"x": NaN}}}}',
+            "is not a langgraph.json: ValueError: .*not JSON compliant",
+            id="default input that is no JSON",
+        ),
+        pytest.param(
+            '{"graphs": {"a": {"path": "x:y", "description": "\\ud800"}}}',
+            "is not a langgraph.json: UnicodeEncodeError",
+            id="half a character",
+        ),
         pytest.param(None, "FileNotFoundError", id="no file"),
     ],
 )
@@ -382,6 +412,40 @@ async def test_a_config_that_cannot_be_read_is_named_lenient_or_not(
     with pytest.raises(GraphLoadFailed, match=f"{config}.*{complaint}"):
         async with Graphs([config], lenient=True):
             pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a/b", "/a", "a\\b", "a\nb", "a\x00", "a\u2028b", " a", "a ", " ", "a" * 129],
+)
+async def test_a_name_that_does_not_fit_into_an_address_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    config = project(tmp_path, "", graphs={name: "./app.py:graph"})
+    with pytest.raises(GraphLoadFailed) as refused:
+        async with Graphs([config], lenient=True):
+            pass
+
+    assert str(config) in str(refused.value)
+    assert f"can be called {name!r}: give it a name of 1 to 128" in str(refused.value)
+
+
+async def test_so_is_one_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project(tmp_path, "graph")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GraphLoadFailed, match=r"app:graph: no graph can be called '\.\.'"):
+        async with Graphs(["..=app:graph"]):
+            pass
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "Deep Researcher", "a.b-c_d", "größe", "a?b#c%2F", "a" * 128]
+)
+async def test_names_that_fit(tmp_path: Path, name: str) -> None:
+    async with Graphs([project(tmp_path, "", graphs={name: "./app.py:graph"})]) as graphs:
+        assert graphs.names() == (name,)
 
 
 async def test_a_failed_start_leaves_nothing_behind(tmp_path: Path) -> None:

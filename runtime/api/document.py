@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from threading import Lock
 from typing import Any
@@ -161,7 +162,7 @@ def stream_content(example: str = LINES_EXAMPLE, schema: str = "Line") -> dict[s
 def install(app: FastAPI) -> None:
     """Serve the app's document, which is built when it is first asked for."""
     generate = app.openapi
-    building, body = Lock(), b""
+    building, body, etag = Lock(), b"", ""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -169,15 +170,23 @@ def install(app: FastAPI) -> None:
         assert app.openapi_schema is not None
         return app.openapi_schema
 
-    def build() -> bytes:
-        nonlocal body
+    def build() -> None:
+        nonlocal body, etag
         with building:
-            body = body or json.dumps(openapi(), separators=(",", ":")).encode()
-            return body
+            if not body:
+                built = json.dumps(openapi(), separators=(",", ":")).encode()
+                etag = f'"{hashlib.sha256(built).hexdigest()[:32]}"'
+                body = built
 
     async def document(request: Request) -> Response:
         # In a thread, because building it takes longer than anybody may have the event loop.
-        return Response(body or await asyncio.to_thread(build), media_type="application/json")
+        if not body:
+            await asyncio.to_thread(build)
+        headers = {"ETag": etag, "Cache-Control": "no-cache"}
+        known = request.headers.get("if-none-match", "")
+        if etag in known or known.strip() == "*":  # in a list, or made weak by a proxy
+            return Response(status_code=304, headers=headers)
+        return Response(body, headers=headers, media_type="application/json")
 
     app.openapi = openapi  # type: ignore[method-assign]
     app.add_route("/openapi.json", document, include_in_schema=False)

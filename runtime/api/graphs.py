@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 
-from runtime.api import drawing
 from runtime.api.dependencies import ServicesDep
+from runtime.api.drawing import NotDrawable, drawing_of
 from runtime.api.problems import NO_GRAPH, RESPONSES, may
 from runtime.api.schemas import Drawing, GraphInfo, GraphList, GraphSchema
 from runtime.errors import InvalidRequest
@@ -28,7 +27,7 @@ DRAWN: dict[int | str, dict[str, Any]] = {
         "content": {
             "text/plain": {
                 "schema": {"type": "string"},
-                "example": "graph TD;\n\t__start__ --> plan;\n\tplan --> __end__;\n",
+                "example": 'graph TD;\n\tn0(["start"]);\n\tn1("plan");\n\tn0 --> n1;\n',
             }
         },
     }
@@ -77,7 +76,7 @@ async def schema(name: GraphName, services: ServicesDep) -> dict[str, Any]:
         **DRAWN,
         **may(
             NO_GRAPH,
-            drawing.NotDrawable("research", ValueError()),
+            NotDrawable("research", ValueError()),
             InvalidRequest("format", "Input should be 'json' or 'mermaid'"),
         ),
     },
@@ -94,11 +93,10 @@ async def draw(
 ) -> Response:
     """Its nodes and edges; `format` chooses, not `Accept`. A node's `id` is its `ns` and name in
     lines, joined by `:`."""
-    graph = services.graphs.get(name)
-    # In a thread: drawing tries the graph's writers, step by step.
+    drawing = await drawing_of(services.graphs.get(name), xray)
     if format == "mermaid":
-        return PlainTextResponse(await asyncio.to_thread(drawing.as_mermaid, graph, xray))
-    return JSONResponse(await asyncio.to_thread(drawing.as_json, graph, xray))
+        return PlainTextResponse(drawing.mermaid)
+    return Response(drawing.json, media_type="application/json")
 
 
 def _info(graph: LoadedGraph) -> GraphInfo:

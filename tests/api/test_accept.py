@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.api.accept import preferred
+from runtime.api import accept
+from runtime.api.accept import LONGEST, _range, preferred
 
 from .harness import Server, problem
 
@@ -43,6 +44,16 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;
         ),
         pytest.param("application/x-ndjson;q=high, */*;q=0.1", JSON, id="a q that is no number"),
         pytest.param("application/x-ndjson;q=nan, */*;q=0.1", JSON, id="nor is this"),
+        pytest.param("application/x-ndjson;q=1_0, */*;q=0.1", JSON, id="nor this"),
+        pytest.param("application/x-ndjson;q=1e0, */*;q=0.1", JSON, id="nor that"),
+        pytest.param("application/x-ndjson;q=\u0661, */*;q=0.1", JSON, id="nor a foreign digit"),
+        pytest.param("application/x-ndjson;q=, */*;q=0.1", JSON, id="an empty q"),
+        pytest.param("application/json;q=.2, application/x-ndjson;q=1.", NDJSON, id="halves"),
+        pytest.param("text/html, *; q=.2, */*; q=.2", JSON, id="Java"),
+        pytest.param(f"{NDJSON}, {'a/b,' * 20_000}", NDJSON, id="a long list"),
+        pytest.param(f"{'a/b,' * 20_000} {NDJSON}", None, id="the end of a long list"),
+        pytest.param(f"{JSON}, {'a' * (LONGEST - 35)}/b, {NDJSON};q=0.01", JSON, id="cut off"),
+        pytest.param("a" * 65_000, JSON, id="nothing but length"),
         pytest.param("text/event-stream", None, id="another form"),
         pytest.param("application/problem+json", None, id="errors only"),
         pytest.param("application/json;q=0, application/x-ndjson;q=0.0", None, id="neither"),
@@ -53,6 +64,23 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;
 )
 def test_what_an_accept_header_likes_best(accept: str, form: str | None) -> None:
     assert preferred(accept, (JSON, NDJSON)) == form
+
+
+@pytest.mark.parametrize("part", ["a/b,", "a,", "*/*;q=0,", ";", "a;", ",", "q=0;"])
+def test_a_long_header_is_read_as_fast_as_a_short_one(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+
+    def counted(text: str, at: int) -> object:
+        nonlocal read
+        read += len(text) + 1
+        return _range(text, at)
+
+    monkeypatch.setattr(accept, "_range", counted)
+    preferred(part * 65_536, (JSON, NDJSON))
+
+    assert read <= LONGEST
 
 
 STARTS = pytest.mark.parametrize(

@@ -260,6 +260,18 @@ async def test_the_document_is_built_once_when_asked_for_and_not_on_the_event_lo
     assert answers[0].json() == create_app(Settings(), []).openapi()
 
 
+@pytest.mark.parametrize("known", ["{}", "W/{}", '"other", {}', "*"])
+async def test_who_has_the_document_is_not_sent_it_again(server: Server, known: str) -> None:
+    whole = await server.get("/openapi.json")
+    tag = whole.headers["etag"]
+    again = await server.get("/openapi.json", headers={"If-None-Match": known.format(tag)})
+    other = await server.get("/openapi.json", headers={"If-None-Match": '"other"'})
+
+    assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+    assert whole.headers["cache-control"] == again.headers["cache-control"] == "no-cache"
+    assert (other.status, other.body) == (200, whole.body)
+
+
 def test_a_run_is_named_by_the_headers_of_what_starts_or_follows_it(document: Document) -> None:
     for path, method, status in (
         ("/v1/runs", "post", "202"),

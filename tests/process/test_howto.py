@@ -30,7 +30,7 @@ PRINTS = {
         '"type":"run.completed"',
         '"type":"call.retrying"',
         '"success"',
-        "load -.-> score",
+        '("load")',
         '"type":"run.completed"',
     ],
     "cancel-a-run": [
@@ -47,9 +47,16 @@ PRINTS = {
         "no interrupt is pending on this thread",
         '"interrupted"',
         '"run.completed"',
+        '["approve"]',
     ],
     "retry-standard": ['"attempt":1,"error_class":"connection"', '"attempt":2'],
-    "serve-your-own-graph": ['"name"', "Hello, Eva!", '"type":"snapshot"', '"type":"final"'],
+    "serve-your-own-graph": [
+        "Greets whom you name.",
+        '"name"',
+        "Hello, Eva!",
+        '"type":"snapshot"',
+        '"type":"final"',
+    ],
     "read-a-trace": ["run research", "node fetch_sources", "fetch_sources attempt 1: trace "],
 }
 
@@ -84,8 +91,8 @@ def environment(server: Server) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
         "SERENO_URL": server.url,
-        "SERENO_ENGINE": "memory://",
-        "SERENO_ADMIN_PORT": "0",
+        # In the place of 9009, which `make run` has taken.
+        "SERENO_ADMIN_PORT": server.admin.rpartition(":")[2],
     }
 
 

@@ -167,6 +167,23 @@ def test_a_port_that_is_taken_is_named(serving: Callable[..., Server]) -> None:
         assert "Traceback" not in server.output
 
 
+def test_an_admin_port_that_is_taken_is_named_with_its_remedy(
+    server: Server, serving: Callable[..., Server]
+) -> None:
+    taken = server.admin.rpartition(":")[2]
+    other = serving(SERENO_ADMIN_PORT=taken).launch()
+
+    assert other.wait() == 1
+    last = other.output.splitlines()[-1]
+    assert last.startswith(f"sereno: SERENO_ADMIN_PORT: cannot listen on 127.0.0.1:{taken}: ")
+    assert last.endswith("; choose another with --admin-port, or a free one with --admin-port 0")
+    assert "Traceback" not in other.output
+    assert not other.logged("Draining")  # nothing had begun
+
+    other.start("--admin-port", "0")
+    assert other.scrape()
+
+
 def test_a_store_that_is_no_database_is_named(serving: Callable[..., Server]) -> None:
     server = serving()
     (server.folder / "s.db").write_bytes(b"this is not a database at all" * 100)

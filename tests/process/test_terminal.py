@@ -174,7 +174,7 @@ def test_a_run_is_a_tree_that_goes_on_and_then_stays(server: Server) -> None:
         "✓ before",
         "✓ sub",
         "  ✓ one",
-        '    │ "from one"',
+        "    │ from one",
         "  ✓ two",
         "    │ words of an inner node",
         "✓ after",
@@ -246,7 +246,11 @@ def test_ctrl_z_leaves_the_terminal_to_the_shell_until_it_is_given_back(server: 
         terminal.type("\x1a")
         terminal.is_stopped()
         assert terminal.modes == terminal.modes_before
-        assert terminal.raw.rindex("\x1b[?25h") > terminal.raw.rindex("\x1b[?25l")
+        # It is stopped before we have read all that it wrote.
+        until(
+            lambda: terminal.raw.rfind("\x1b[?25h") > terminal.raw.rfind("\x1b[?25l"),
+            "the cursor is back",
+        )
         assert not any("first words" in line for line in terminal.screen)
         server.release("t", "a")
         terminal.signal(signal.SIGCONT)
@@ -370,6 +374,39 @@ def test_a_pipe_that_nobody_reads_ends_it_quietly_and_not_the_run(server: Server
     run_id = server.run_on("t")
     assert run_id is not None
     server.wait_line(run_id, "run.completed")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("ps", 0),
+        ("graphs", 0),
+        ("top", 0),
+        ("run asking --thread new --input {}", 3),
+        ("tail RUN", 3),
+        ("trace RUN", 0),
+        ("run chain --input - <&-", 2),
+        ("run nope --input {} 2>&-", 4),
+    ],
+)
+def test_streams_that_are_closed_are_like_empty_ones(
+    server: Server, command: str, code: int
+) -> None:
+    run_id = server.submit("asking", "t")
+    server.wait_line(run_id, "run.interrupted")
+    shell = f'exec "$0" {command.replace("RUN", run_id)} >&-'
+
+    done = subprocess.run(
+        ["sh", "-c", shell, str(SERENO)],
+        env=environment(SERENO_URL=server.url),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert all(line.startswith("sereno: ") for line in done.stderr.splitlines())
 
 
 @pytest.mark.parametrize("key", [pytest.param("q", id="q"), pytest.param("\x03", id="ctrl-c")])
