@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { ago, GLYPHS, h, LOOKS, say, set } from "./dom.js";
-import { startView } from "./start.js";
+import { FAILED } from "./question.js";
+import { choiceOf, startView } from "./start.js";
 import { Watch } from "./watch.js";
 
 const LIST_MS = 4000;
@@ -62,16 +63,20 @@ async function show({ moved }) {
   const visit = ++state.visit;
   const [, kind, rest = ""] = location.hash.split("/");
   const id = decoded(rest);
+  const watches = kind === "runs" && id !== "";
+  const chose = document.activeElement?.classList.contains("graph");
+  // What is left behind is not to be sent any more, however long the next view takes.
+  for (const form of main.querySelectorAll("form")) form.inert = true;
   state.watch?.close();
   state.watch = null;
-  const view = kind === "runs" && id ? watchRun(id) : await newRun(id).catch(trouble);
+  const view = watches ? watchRun(id) : await newRun(id);
   if (visit !== state.visit) return;
-  const chose = document.activeElement?.classList.contains("graph");
   main.replaceChildren(view);
-  document.title = kind === "runs" ? `${id} · Sereno` : "New run · Sereno";
+  document.title = watches ? `${id} · Sereno` : "New run · Sereno";
   markRun();
   if (!moved) return;
-  scrollTo(0, 0);
+  // In a narrow window the list stands above what was chosen in it.
+  scrollTo(0, matchMedia("(max-width: 900px)").matches ? main.offsetTop : 0);
   // Who chose among the graphs may choose again; everybody else begins at the heading.
   const target = (chose && view.querySelector(".graph[aria-pressed=true]")) || view.querySelector("h1") || main;
   if (target.tagName === "H1") target.tabIndex = -1;
@@ -96,13 +101,15 @@ function watchRun(runId) {
   return state.watch.element;
 }
 
-function newRun(name) {
+async function newRun(name) {
   const graph = state.graphs.find((one) => one.name === name) ?? state.graphs[0];
-  if (!graph) return Promise.resolve(noGraph());
-  return startView(state.graphs, graph, {
-    onStart: (run) => goTo(run.run_id),
-    onChoose: (chosen) => (location.hash = `#/graphs/${encodeURIComponent(chosen)}`),
-  });
+  if (!graph) return noGraph();
+  const onChoose = (chosen) => (location.hash = `#/graphs/${encodeURIComponent(chosen)}`);
+  try {
+    return await startView(state.graphs, graph, { onStart: (run) => goTo(run.run_id), onChoose });
+  } catch (problem) {
+    return trouble(problem, choiceOf(state.graphs, graph, onChoose));
+  }
 }
 
 function noGraph() {
@@ -116,8 +123,9 @@ function noGraph() {
       ...failures.map(([name, why]) => h("p", { class: "problem" }, `${name}: ${why}`))));
 }
 
-const trouble = (problem) => h("div", { class: "view" },
+const trouble = (problem, choice) => h("div", { class: "view" },
   h("h1", {}, "New run"),
+  choice,
   h("section", { class: "panel help" },
     h("p", { class: "problem", role: "alert" }, problem.message),
     h("button", { type: "button", click: () => show({ moved: true }) }, "Try again")));
@@ -134,8 +142,12 @@ async function listRuns() {
   try {
     const { runs, more } = await api.newestRuns(PAGE * state.pages, query);
     if (turn !== state.listing) return;
+    const known = list.children.length;
+    const asked = document.activeElement === older;
     renderRuns(runs, query);
     older.hidden = !more;
+    // The button goes with the last page; who pressed it reads on where that begins.
+    if (asked && !more) (list.children[known] ?? list.lastElementChild)?.querySelector("a").focus();
     say(server, `Sereno ${state.info.version ?? ""}`);
     set(server, "data-kind", "live");
   } catch {
@@ -154,13 +166,15 @@ function renderRuns(runs, query) {
     item.element.remove();
     items.delete(id);
   }
-  const threads = new Set();
+  const later = new Map(); // of each thread, its newest run; null when one has gone past the question
   runs.forEach((run, index) => {
     const item = items.get(run.run_id) ?? newItem(run);
     const look = LOOKS[run.status] ?? "waiting";
-    // A later run on its thread has answered it; with one status alone, nobody can tell.
-    const waits = run.status === "interrupted" && !threads.has(run.thread_id) && !query.status;
-    threads.add(run.thread_id);
+    // A later run on its thread may have answered it; with one status alone, nobody can tell.
+    const newest = later.get(run.thread_id);
+    const waits = run.status === "interrupted" && !query.status
+      && (newest === undefined || (newest !== null && asksStill(newest)));
+    later.set(run.thread_id, newest !== null && FAILED.includes(run.status) ? newest ?? run : null);
     set(item.element, "data-state", look);
     set(item.element, "data-waits", waits ? "" : null);
     say(item.glyph, GLYPHS[look]);
@@ -173,6 +187,20 @@ function renderRuns(runs, query) {
   say(noRuns, filtered ? "No run is like that." : "There is none yet. Start one here, or with curl.");
   byId("filters").hidden = !filtered && !runs.length;
   markRun();
+}
+
+const asking = new Map();
+
+/** Whether the thread of a run that failed still asks; false until the server has said. */
+function asksStill({ run_id: id, thread_id: thread }) {
+  if (!asking.has(id)) {
+    asking.set(id, false);
+    api.threadState(thread).then(({ interrupts }) => {
+      asking.set(id, interrupts.length > 0);
+      listRuns();
+    }, () => {});
+  }
+  return asking.get(id);
 }
 
 function newItem(run) {

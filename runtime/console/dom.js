@@ -77,16 +77,20 @@ export function chip(status) {
     h("span", { "aria-hidden": "true" }, GLYPHS[look]), ` ${status}`);
 }
 
-/** A button that copies, and says that it did. */
-export function copyButton(label, text) {
+/** A button that copies, and says that it did; `name` tells it from others of its label. */
+export function copyButton(label, text, name = null) {
+  let timer;
   const button = h("button", {
     type: "button",
     class: "quiet",
+    "aria-label": name,
     click: async () => {
+      clearTimeout(timer);
+      button.textContent = label;
       const said = await copy(text()) ? "Copied" : "Not allowed to copy";
       button.textContent = said;
       announce(said);
-      setTimeout(() => (button.textContent = label), 1500);
+      timer = setTimeout(() => (button.textContent = label), 1500);
     },
   }, label);
   return button;

@@ -1,7 +1,7 @@
 // The graph's drawing: nodes that light up as the run goes through them, subgraphs as frames around theirs.
 
 import { GLYPHS, announce, duration, h, s, say, set } from "./dom.js";
-import { depthOf, grow, layout, path } from "./layout.js";
+import { depthOf, entered, grow, layout, path } from "./layout.js";
 import { stateOf } from "./run.js";
 
 const PAD = 14;
@@ -14,7 +14,7 @@ const SMALLEST = 0.74;
 const HIGHEST = 440;
 
 export class Drawing {
-  /** `onPick` gets the path of a node that was chosen, or null when it is let go. */
+  /** `onPick` gets the path of a node that was chosen, or null when it is let go; without it there is no choice. */
   constructor(shape, graph, onPick) {
     this._graph = graph;
     this._root = grow(shape?.nodes ?? graph.nodes.map((id) => ({ id, label: id })));
@@ -28,10 +28,15 @@ export class Drawing {
     this._chosen = new Map();
     this._depth = depthOf(this._root);
     this._nodes = new Map();
-    this.element = h("div", { class: "canvas" });
+    this._canvas = h("div", {
+      class: "canvas", focusin: ({ target }) => this._stopAt(target), keydown: (event) => this._key(event),
+    });
+    this.element = h("div", {}, this._canvas,
+      entered(this._root, this._edges) ? null : h("p", { class: "hint" }, "Not all edges of this graph are known."));
     this._draw();
-    new ResizeObserver(([{ contentRect }]) => requestAnimationFrame(() => this._fit(contentRect.width)))
-      .observe(this.element);
+    // The room with the scroll bars, which come and go with what is drawn.
+    new ResizeObserver(([{ borderBoxSize: [{ inlineSize }] }]) => requestAnimationFrame(() => this._fit(inlineSize)))
+      .observe(this._canvas);
   }
 
   /** As many levels of subgraphs are open as there is room for. */
@@ -46,6 +51,7 @@ export class Drawing {
       this._depth -= 1;
     }
     if (this._depth !== before) this._draw();
+    else this._reach();
   }
 
   _isOpen(node) {
@@ -69,9 +75,53 @@ export class Drawing {
     }, s("path", { d: "M0,0.5 L7.5,4 L0,7.5 z" }))),
     ...this._inside(plan));
     drawing.style.minWidth = `${Math.round(width * SMALLEST)}px`;
-    this.element.replaceChildren(drawing);
-    for (const [key, { group }] of this._nodes) set(group, "aria-pressed", key === this._picked);
+    const before = this._canvas.querySelector("[tabindex='0']");
+    const held = before !== null && before === document.activeElement;
+    this._canvas.replaceChildren(drawing);
+    this._mark();
+    const stop = (before && this._successor(before.dataset)) ?? this._buttons()[0];
+    if (stop) this._stopAt(stop);
+    if (held) stop.focus({ preventScroll: true });
+    this._reach();
     if (this._run) this.render(this._run);
+  }
+
+  /** What stands for a button that was drawn before: the same one, or that of the node it is now inside of. */
+  _successor({ node, fold }) {
+    const [kind, key] = fold === undefined ? ["node", node] : ["fold", fold];
+    return this._canvas.querySelector(`[data-${kind}="${CSS.escape(this._shown(key))}"]`);
+  }
+
+  _buttons() {
+    return [...this._canvas.querySelectorAll("[role=button]")];
+  }
+
+  /** However many buttons there are, Tab stops at one of them; the arrow keys lead to the others. */
+  _stopAt(button) {
+    for (const other of this._buttons()) set(other, "tabindex", other === button ? 0 : -1);
+  }
+
+  _key(event) {
+    const buttons = this._buttons();
+    const at = buttons.indexOf(event.target);
+    const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
+    if (at < 0 || !buttons[to]) return;
+    event.preventDefault();
+    buttons[to].focus();
+  }
+
+  /** What is scrolled and has no button in it is scrolled with the keyboard by itself. */
+  _reach() {
+    const { scrollWidth, clientWidth, scrollHeight, clientHeight } = this._canvas;
+    const alone = !this._buttons().length && (scrollWidth > clientWidth || scrollHeight > clientHeight);
+    for (const [name, value] of [["tabindex", 0], ["role", "group"], ["aria-label", "The drawing, to be scrolled"]]) {
+      set(this._canvas, name, alone ? value : null);
+    }
+  }
+
+  _mark() {
+    if (!this._onPick) return;
+    for (const [key, { group }] of this._nodes) set(group, "aria-pressed", key === this._picked);
   }
 
   _inside({ nodes, edges }) {
@@ -129,34 +179,36 @@ export class Drawing {
 
   _button({ key, label }, kind, ...parts) {
     return s("g", {
-      class: kind, tabindex: 0, role: "button", "aria-pressed": "false", dataset: { node: key, state: "waiting" },
-      ...pressed(() => this.pick(key === this._picked ? null : key)),
+      class: kind, dataset: { node: key, state: "waiting" },
+      ...(this._onPick
+        ? { tabindex: -1, role: "button", ...pressed(() => this.pick(key === this._picked ? null : key)) }
+        : { role: "img", "aria-label": label }),
     }, s("title", {}, label), ...parts);
   }
 
   _fold(node, x, y) {
     const open = Boolean(node.inside);
     return s("g", {
-      class: "fold", transform: `translate(${x},${y})`, tabindex: 0, role: "button", dataset: { fold: node.key },
+      class: "fold", transform: `translate(${x},${y})`, tabindex: -1, role: "button", dataset: { fold: node.key },
       "aria-expanded": String(open), "aria-label": `The inside of ${node.label}`,
       ...pressed(() => this._toggle(node, !open)),
     },
     s("title", {}, open ? "Fold" : "Unfold"),
-    s("rect", { x: -2, y: -9, width: 18, height: 18, rx: 5 }),
+    s("rect", { class: "reach", x: -9, y: -17, width: 33, height: 34 }),
+    s("rect", { class: "face", x: -2, y: -9, width: 18, height: 18, rx: 5 }),
     s("path", { d: open ? "M3,0h8" : "M3,0h8M7,-4v8" }));
   }
 
   _toggle(node, open) {
     this._chosen.set(node.key, open);
     this._draw();
-    this.element.querySelector(`[data-fold="${CSS.escape(node.key)}"]`)?.focus({ preventScroll: true });
     announce(`${node.label} is ${open ? "unfolded" : "folded"}.`);
   }
 
   /** Choose the node with that path, or the one in sight that it is in. */
   pick(key) {
     this._picked = this._shown(key);
-    for (const [other, { group }] of this._nodes) set(group, "aria-pressed", other === this._picked);
+    this._mark();
     this._onPick(key);
   }
 
@@ -174,10 +226,10 @@ export class Drawing {
     for (const [key, { group, glyph, note, letters, label, settle }] of this._nodes) {
       const node = run.nodes.get(key);
       const state = stateOf(node);
-      const parts = node ? tell(node, state, now).filter(Boolean) : [];
+      const parts = node ? tell(node, state, now, run.answered).filter(Boolean) : [];
       const told = parts.join(" · ");
       set(group, "data-state", state);
-      set(group, "aria-label", `${label}: ${state}${told ? `, ${told}` : ""}`);
+      if (this._onPick) set(group, "aria-label", `${label}: ${state}${told ? `, ${told}` : ""}`);
       say(glyph, GLYPHS[state]);
       const moving = state === "running" ? hidden.get(key) : null;
       say(note, fitting(moving ? [moving] : parts, letters));
@@ -199,19 +251,23 @@ export class Drawing {
     return notes;
   }
 
-  /** A drawing that is wider than its place keeps what began last in sight. */
+  /** A drawing that is larger than its place keeps what began last in sight. */
   _follow(run) {
-    const { element } = this;
     const key = run.latest && this._shown(run.latest);
     if (key === this._last) return;
     const behavior = this._last ? "auto" : "instant"; // the style sheet says how it moves later
     this._last = key;
-    if (!key || element.scrollWidth <= element.clientWidth) return;
+    if (!key) return;
     const box = this._nodes.get(key).group.getBoundingClientRect();
-    const place = element.getBoundingClientRect();
-    if (box.left >= place.left && box.right <= place.right) return;
-    const middle = ({ left, width }) => left + width / 2;
-    element.scrollBy({ left: middle(box) - middle(place), behavior });
+    const place = this._canvas.getBoundingClientRect();
+    const across = box.left >= place.left && box.right <= place.right;
+    const along = box.top >= place.top && box.bottom <= place.bottom;
+    if (across && along) return;
+    this._canvas.scrollBy({
+      left: box.left + box.width / 2 - place.left - place.width / 2,
+      top: box.top + box.height / 2 - place.top - place.height / 2,
+      behavior,
+    });
   }
 }
 
@@ -228,21 +284,27 @@ function pressed(press) {
 }
 
 /** What stands under a node's name; where there is no room for all of it, the last of it stays. */
-function tell(node, state, now) {
+function tell(node, state, now, answered) {
   const { last } = node;
   const count = node.visits > 1 ? countOf(node) : "";
   if (state === "retrying") {
-    const left = last.retryAt - now;
-    return [left > 0 ? `try ${last.attempt + 1} in ${(left / 1000).toFixed(1)} s` : `try ${last.attempt + 1} now`];
+    return [`try ${last.attempt + 1} ${again(last.retryAt - now, last.retryBy - now)}`];
   }
   if (state === "running") {
     const since = last.bars.at(-1)?.from ?? now;
     return [duration(now - since), last.attempt > 1 ? `try ${last.attempt}` : "", count];
   }
   if (state === "failed") return [last.error ?? "failed"];
-  if (state === "interrupted") return ["needs an answer"];
+  if (state === "interrupted") return [answered ? "answered" : "needs an answer"];
   if (state === "cached") return ["cached", count];
   return [last.durationMs === null ? "" : duration(last.durationMs), count];
+}
+
+/** In how many ms the next attempt begins, at the least and at the most: its pause has a random part. */
+function again(least, most) {
+  const s = (ms) => (ms / 1000).toFixed(1);
+  if (least > 0) return most - least < 50 ? `in ${s(least)} s` : `in ${s(least)}–${s(most)} s`;
+  return most > 0 ? `within ${s(most)} s` : "now";
 }
 
 function countOf(node) {

@@ -1,7 +1,10 @@
 // A form from a JSON Schema: a field for each property, and JSON where a form would be no help.
 
 import { h, say, set } from "./dom.js";
-import { DEPTH, isMessages, isObject, kindOf, matches, resolved, without } from "./schema.js";
+import { DEPTH, isMessages, isObject, kindOf, matches, own, resolved, without } from "./schema.js";
+
+/** A form of more fields than this is of no help, and slow. */
+const MOST = 500;
 
 let fields = 0;
 
@@ -13,6 +16,22 @@ export class FieldError extends Error {
     this.told = message;
   }
 }
+
+/** The value of a JSON text. A number that would be sent as another one is refused with a RangeError. */
+export function fromJson(text) {
+  try {
+    return JSON.parse(text, (_key, value, { source } = {}) => {
+      const digits = /^-?[1-9]\d*$/.test(source);
+      if (value === Infinity || value === -Infinity || (digits && String(value) !== source)) throw tooLarge(source ?? value);
+      return value;
+    });
+  } catch (problem) {
+    throw problem instanceof SyntaxError ? new SyntaxError(`this is not JSON: ${problem.message}`) : problem;
+  }
+}
+
+const tooLarge = (number) =>
+  new RangeError(`${number} is too large a number for this page; in quotes it is sent as text`);
 
 /**
  * A field for a schema:
@@ -30,17 +49,34 @@ export class FieldError extends Error {
  */
 export function formOf(schema, onChange, { name = "input", complete = false } = {}) {
   const definitions = schema?.$defs ?? schema?.definitions ?? {};
-  return fieldOf(schema ?? {}, {
-    definitions, onChange, complete, name, depth: 0, required: true, refs: [],
-  });
+  // The wider a schema is, the less deep a form looks into it.
+  const build = (deepest) => {
+    const count = { fields: 0 };
+    const form = fieldOf(schema ?? {}, {
+      definitions, onChange, complete, name, deepest, count, depth: 0, required: true, refs: [],
+    });
+    return count.fields > MOST && deepest >= 0 ? build(deepest - 1) : form;
+  };
+  return build(DEPTH);
 }
 
 function fieldOf(raw, context) {
+  context.count.fields += 1;
+  try {
+    return madeOf(raw, context);
+  } catch {
+    // Anybody can write a schema, also one that is none: then it is JSON.
+    return keeping(jsonField({}, context), {}, context);
+  }
+}
+
+function madeOf(raw, context) {
   const refs = [...context.refs];
   const { nullable, ...schema } = resolved(raw, context.definitions, refs);
   // A type that holds itself has no last field.
-  const endless = refs.length > new Set(refs).size || context.depth > DEPTH;
-  const make = endless ? jsonField : makerOf(schema, context);
+  const endless = refs.length > new Set(refs).size || context.depth > context.deepest || context.count.fields > MOST;
+  const maker = makerOf(schema, context);
+  const make = endless && [objectField, entriesField, arrayField, choiceField].includes(maker) ? jsonField : maker;
   return keeping(make(schema, { ...context, refs }), schema, { ...context, nullable });
 }
 
@@ -63,7 +99,13 @@ function makerOf(schema, context) {
 
 /** Keeps what the field cannot show, and the null or the empty text that it cannot tell apart. */
 function keeping(field, schema, context) {
-  const fits = field.fits ?? (() => true);
+  const fits = (value) => {
+    try {
+      return field.fits?.(value) ?? true;
+    } catch {
+      return false; // its schema is none, further inside
+    }
+  };
   const note = h("p", { class: "hint", hidden: true });
   const empty = context.item ? (schema.type === "string" ? "" : null)
     : context.required && context.nullable ? null : undefined;
@@ -115,20 +157,20 @@ function objectField(schema, context) {
     blank,
     read() {
       if (optional(context) && blank()) return undefined;
-      const value = { ...rest };
+      const entries = Object.entries(rest);
       let missing;
       for (const [name, part] of parts) {
         const found = part.read();
-        if (found !== undefined) value[name] = found;
+        if (found !== undefined) entries.push([name, found]);
         else if (required.has(name)) missing ??= part;
       }
       if (context.complete && missing) throw new FieldError(missing, "this has to be filled in");
-      return value;
+      return Object.fromEntries(entries);
     },
     write(value) {
       given = value !== undefined;
       rest = without(value ?? {}, ...parts.keys());
-      for (const [name, part] of parts) part.write(value?.[name]);
+      for (const [name, part] of parts) part.write(value && own(value, name));
     },
     find(path) {
       const part = parts.get(path[0]);
@@ -141,7 +183,7 @@ function objectField(schema, context) {
 function arrayField(schema, context) {
   const list = rows(context, (value) => {
     const name = `${titleOf(schema, context)} ${list.items.length + 1}`;
-    const part = fieldOf(schema.items, { ...inner(context), name, item: true, required: true });
+    const part = fieldOf(schema.items, { ...itemOf(context), name });
     part.write(value);
     return { part, element: part.element, title: name };
   });
@@ -167,7 +209,7 @@ function entriesField(schema, context) {
       spellcheck: "false", autocomplete: "off", input: context.onChange,
     });
     key.value = entry[0];
-    const part = fieldOf(schema.additionalProperties, { ...inner(context), name: `Value of ${title}`, item: true, required: true, bare: true });
+    const part = fieldOf(schema.additionalProperties, { ...itemOf(context), name: `Value of ${title}`, bare: true });
     part.write(entry[1]);
     return { key, part, title, element: h("div", { class: "entry" }, key, part.element) };
   });
@@ -308,6 +350,7 @@ function numberField(schema, context) {
       const value = Number(input.value);
       if (input.validity.badInput || Number.isNaN(value)) throw new Error("this is not a number");
       if (whole && !Number.isInteger(value)) throw new Error("this is not a whole number");
+      if (whole && !Number.isSafeInteger(value)) throw tooLarge(input.value);
       if (value < least) throw new Error(`use ${least} or more`);
       if (value > most) throw new Error(`use ${most} or less`);
       if (value <= above) throw new Error(`use more than ${above}`);
@@ -372,12 +415,7 @@ function jsonField(schema, context) {
   const input = h("textarea", { rows: 2, class: "code", spellcheck: "false", placeholder: schema.type === "object" ? "{ }" : "JSON" });
   const field = simple(input, schema, context, {
     read: () => {
-      let value;
-      try {
-        value = JSON.parse(input.value);
-      } catch {
-        throw new Error("this is not JSON");
-      }
+      const value = fromJson(input.value);
       if (schema.type === "object" && !isObject(value)) throw new Error("this is not an object: { … }");
       return value;
     },
@@ -438,6 +476,8 @@ function simple(input, schema, context, { fits, read, write, empty = () => input
 }
 
 const inner = (context) => ({ ...context, depth: context.depth + 1, item: false, bare: false, legend: false });
+/** Items are made one by one, as somebody adds them: each counts its own fields. */
+const itemOf = (context) => ({ ...inner(context), item: true, required: true, count: { fields: 0 } });
 const optional = ({ depth, required }) => depth > 0 && !required;
 
 const titleOf = (schema, { name, item, bare }) => (item || bare ? name : schema.title ?? name);
@@ -451,7 +491,8 @@ function hintOf(schema, context, id) {
     schema.description,
     !context.complete && schema.const === undefined && tells(schema.default) ? `${shortly(schema.default)} unless said.` : null,
   ].filter(Boolean);
-  return told.length && !context.item ? h("p", { class: "hint", id }, told.join(" ")) : null;
+  const sentences = told.join(/[.!?…]$/.test(told[0]) ? " " : ". ");
+  return told.length && !context.item ? h("p", { class: "hint", id }, sentences) : null;
 }
 
 const tells = (value) => value !== undefined && value !== null && value !== "" && (typeof value !== "object" || Object.keys(value).length > 0);

@@ -44,6 +44,12 @@ function split(id) {
 export const depthOf = ({ children }) =>
   Math.max(0, ...children.filter((child) => child.children.length).map((child) => 1 + depthOf(child)));
 
+/** Whether an edge leads to each node. LangGraph does not know of all: a node's code may say where it goes. */
+export function entered({ id, children }, edges) {
+  if (children.length) return children.every((child) => entered(child, edges));
+  return isTerminus(id) || edges.some(({ source, target }) => target === id && source !== id);
+}
+
 /**
  * Places what is inside of `parent` and `edges` ({source, target, conditional}) from left to right.
  * `isOpen` says of which subgraphs the inside is shown. Gives `{ nodes: [{…, x, y, width, height}],

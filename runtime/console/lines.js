@@ -14,6 +14,7 @@ export class Lines {
     this._follow = true;
     this._rows = new Map();
     this._known = new Set();
+    this._keyWidth = 0;
     this._filter = { text: "", type: "", node: null };
 
     this._search = h("input", {
@@ -40,7 +41,7 @@ export class Lines {
       this._text);
     this.element = h("div", { class: "lines-panel" },
       h("div", { class: "bar-row" }, this._search, this._types, this._node, this._count,
-        copyButton("Copy", () => this._shown.map((item) => `${item.text}\n`).join(""))),
+        copyButton("Copy", () => this._shown.map((item) => `${item.text}\n`).join(""), "Copy the lines")),
       this._none, this._list, this._detail);
     this._detail.addEventListener("keydown", (event) => event.key === "Escape" && this._unpick());
     new ResizeObserver(() => this._draw()).observe(this._list);
@@ -64,6 +65,7 @@ export class Lines {
       const item = { seq: line.seq, ts: line.ts, type: line.type, text, key: keyOf(line), attempt: line.attempt };
       this._all.push(item);
       this._offer(line.type);
+      this._keyWidth = Math.max(this._keyWidth, whereOf(item).length);
       if (this._passes(item)) this._shown.push(item);
     }
   }
@@ -75,10 +77,13 @@ export class Lines {
 
   /** Only the lines of a node and of what is inside it. */
   only(node) {
+    const held = document.activeElement === this._node;
     this._node.hidden = node === null;
     say(this._node, node === null ? "" : `${node} ✕`);
     set(this._node, "aria-label", `Show the lines of every node, not only ${node}`);
     this._refilter({ node });
+    // The focus is not lost with the button that had it.
+    if (held && this._node.hidden) (this._list.hidden ? this._search : this._list).focus({ preventScroll: true });
   }
 
   _offer(type) {
@@ -115,12 +120,12 @@ export class Lines {
 
   _draw() {
     const total = this._shown.length;
-    say(this._count, total === this._all.length
-      ? `${total.toLocaleString()} lines`
-      : `${total.toLocaleString()} of ${this._all.length.toLocaleString()} lines`);
+    const all = countOf(this._all.length);
+    say(this._count, total === this._all.length ? all : `${total.toLocaleString()} of ${all}`);
     this._none.hidden = total > 0 || !this._all.length;
     this._list.hidden = !this._none.hidden;
     this._space.style.height = `${total * ROW}px`;
+    this._list.style.setProperty("--key", `${this._keyWidth}ch`);
     if (this._follow) this._list.scrollTop = this._list.scrollHeight;
     const first = Math.max(0, Math.floor(this._list.scrollTop / ROW) - MARGIN);
     const last = Math.min(total, Math.ceil((this._list.scrollTop + this._list.clientHeight) / ROW) + MARGIN);
@@ -140,13 +145,11 @@ export class Lines {
     if (!row) {
       row = h("div", {
         class: "line", id: `line-${item.seq}`, role: "option", dataset: { type: item.type, seq: item.seq },
-        "aria-label": [item.seq, item.type, item.key, item.attempt > 1 && `attempt ${item.attempt}`].filter(Boolean).join(" "),
         click: () => this._pick(index),
       },
-      h("span", { class: "seq" }, item.seq), h("span", { class: "at" }, clock(item.ts)),
+      h("span", { class: "seq" }, item.seq), h("span", { class: "at", "aria-hidden": "true" }, clock(item.ts)),
       h("span", { class: "type" }, item.type),
-      h("span", { class: "key" }, item.key ? `${item.key}${item.attempt > 1 ? ` #${item.attempt}` : ""}` : ""),
-      h("span", { class: "data" }, dataOf(item.text)));
+      h("span", { class: "key" }, whereOf(item)), h("span", { class: "data" }, dataOf(item.text)));
       this._rows.set(item.seq, row);
       this._list.append(row);
     }
@@ -201,10 +204,15 @@ export class Lines {
   }
 }
 
+/** How many lines, in words. */
+export const countOf = (lines) => `${lines.toLocaleString()} ${lines === 1 ? "line" : "lines"}`;
+
 const keyOf = (line) => (line.node ? [...line.ns, line.node].join("/") : null);
 
-/** The data of a line, as it is on the wire; it stands last. */
-function dataOf(text) {
-  const at = text.indexOf('"data":');
-  return at < 0 ? "" : text.slice(at + 7, Math.min(text.length - 1, at + 407));
+const whereOf = ({ key, attempt }) => (key ? `${key}${attempt > 1 ? ` #${attempt}` : ""}` : "");
+
+/** The data of a line, beginning with what was said: its ids alone would fill the row. */
+function dataOf(line) {
+  const { text, value, ...rest } = JSON.parse(line).data;
+  return JSON.stringify({ text, value, ...rest }).slice(0, 400);
 }

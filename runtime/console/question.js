@@ -2,33 +2,33 @@
 
 import * as api from "./api.js";
 import { announce, h, say, set } from "./dom.js";
-import { FieldError, formOf } from "./form.js";
+import { FieldError, formOf, fromJson } from "./form.js";
 
 const LOOK_MS = 5000;
 
+/** How a run ends that may leave the question of its thread unanswered. */
+export const FAILED = ["error", "timeout", "cancelled"];
+
 /**
- * The question of a run that was interrupted, or of one whose answer did not fit;
+ * The question of a run that was interrupted, or of one that took an answer and failed;
  * `onRun` gets the id of the run that an answer starts. Empty where nothing is asked.
  */
 export async function questionView(run, onRun) {
-  const place = h("div", {});
   const asking = await askingOf(run);
   if (!asking) return "";
-  if (asking.later) place.append(answered(asking.later));
-  else place.append(questionForm(run, asking, { onRun, onLate: (later) => place.replaceChildren(answered(later)) }));
-  return place;
+  return asking.later ? answered(asking.later) : questionForm(run, asking, onRun);
 }
 
-/** What is asked: `{ interrupts, misfit }`, or the run that has answered it: `{ later }`. */
+/** What is asked: `{ interrupts, failed }`, or the run that has answered it: `{ later }`. */
 async function askingOf(run) {
   const latest = await latestOn(run.threadId);
   if (run.status === "interrupted" && (!latest || latest.run_id === run.runId)) {
-    return { interrupts: await interruptsOf(run.runId, run.result), next: run.result.next };
+    return { interrupts: await interruptsOf(run), next: run.result.next };
   }
-  // An answer that did not fit ends its run with an error, and the thread still asks.
-  if (latest?.status === "error") {
+  // An answer that does not fit ends its run with an error; the thread asks on, as when it is cancelled.
+  if (FAILED.includes(latest?.status)) {
     const { interrupts } = await api.threadState(run.threadId).catch(() => ({ interrupts: [] }));
-    if (interrupts.length) return { interrupts, misfit: latest.run_id };
+    if (interrupts.length) return { interrupts, failed: latest.run_id };
   }
   return run.status === "interrupted" ? { later: latest } : null;
 }
@@ -39,16 +39,17 @@ async function latestOn(thread) {
   return latest;
 }
 
-/** The interrupts of a terminal line; those too large for the line are asked for. */
-async function interruptsOf(runId, { interrupts = [] }) {
-  return Array.isArray(interrupts) ? interrupts : await api.member(interrupts.$ref);
+/** The interrupts of a terminal line; those too large for the line are asked for, or for the log: the thread has them. */
+async function interruptsOf({ threadId, result: { interrupts = [] } }) {
+  if (Array.isArray(interrupts)) return interrupts;
+  return interrupts.$ref ? api.member(interrupts.$ref) : (await api.threadState(threadId)).interrupts;
 }
 
-const answered = (later) => h("section", { class: "panel" },
+const answered = (later) => h("section", { class: "panel", tabindex: -1 },
   h("p", { role: "status" }, "This was answered; the thread goes on with ",
     h("a", { href: `#/runs/${encodeURIComponent(later.run_id)}` }, later.run_id), "."));
 
-function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
+function questionForm(run, { interrupts, next, failed }, onRun) {
   const several = interrupts.length > 1;
   const error = h("p", { class: "problem", role: "alert", hidden: true });
   const clear = () => {
@@ -57,13 +58,16 @@ function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
   };
   const fields = interrupts.map((interrupt, index) => answerField(interrupt, several ? index + 1 : 0, clear));
   const send = h("button", { type: "submit", class: "primary" }, fields.length ? (several ? "Answer all" : "Answer") : "Go on");
+  const heading = h("h2", {}, fields.length ? waits(fields.length) : "The run stopped at a breakpoint");
+  let touched = false;
+  let sending = false;
   const element = h("form", {
-    class: "panel asks", submit, novalidate: true, "aria-label": "The run asks",
+    class: "panel asks", submit, novalidate: true, "aria-label": "The run asks", input: () => (touched = true),
     keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && submit(event),
   },
-  h("h2", {}, fields.length ? waits(fields.length) : "The run stopped at a breakpoint"),
-  misfit ? h("p", { class: "problem" }, "The run that took an answer has failed, and the thread asks again: ",
-    h("a", { href: `#/runs/${encodeURIComponent(misfit)}` }, misfit), ".") : null,
+  heading,
+  failed ? h("p", { class: "problem" }, "The run that took an answer came to nothing, and the thread asks again: ",
+    h("a", { href: `#/runs/${encodeURIComponent(failed)}` }, failed), ".") : null,
   !fields.length && next?.length ? h("p", { class: "hint" }, `It goes on at ${next.join(", ")}.`) : null,
   ...fields.map((field) => field.element),
   error,
@@ -77,7 +81,7 @@ function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
 
   async function submit(event) {
     event.preventDefault();
-    if (send.disabled) return;
+    if (sending) return;
     clear();
     const answer = {};
     for (const one of fields) {
@@ -91,33 +95,54 @@ function questionForm(run, { interrupts, next, misfit }, { onRun, onLate }) {
         return;
       }
     }
-    send.disabled = true;
+    sending = true; // a button that is disabled would lose the focus
+    set(send, "aria-disabled", "true");
     try {
       const started = await api.resume(run.threadId, fields.length ? answer : null);
       announce("Answered; the thread goes on.");
       onRun(started.run_id);
     } catch (problem) {
-      send.disabled = false;
-      if (!await lookForLater()) complain(problem.message, fields[0]?.field);
+      if (await lookForLater()) return;
+      sending = false;
+      set(send, "aria-disabled", null);
+      complain(problem.message, fields[0]?.field);
     }
   }
 
   /** Somebody else may have answered. Whether it is so. */
   async function lookForLater() {
     const latest = await latestOn(run.threadId);
-    if (!latest || latest.run_id === (misfit ?? run.runId)) return false;
+    if (!latest || latest.run_id === (failed ?? run.runId)) return false;
     clearInterval(timer);
+    sending = true;
     announce("This was answered elsewhere.");
-    onLate(latest);
+    place.dispatchEvent(new Event("answered", { bubbles: true }));
+    const told = answered(latest);
+    const held = place.contains(document.activeElement);
+    if (touched) {
+      place.prepend(told);
+      close();
+    } else place.replaceChildren(told);
+    if (held) told.focus();
     return true;
+  }
+
+  /** What was written can still be read and copied. */
+  function close() {
+    say(heading, "What you wrote was not sent");
+    for (const control of element.elements) {
+      if (control.tagName === "TEXTAREA") control.readOnly = true;
+      else control.disabled = true;
+    }
   }
 
   const timer = setInterval(() => {
     if (!element.isConnected) clearInterval(timer);
-    else if (!document.hidden && !send.disabled) lookForLater();
+    else if (!document.hidden && !sending) lookForLater();
   }, LOOK_MS);
-  announce(fields.length ? waits(fields.length) : "The run stopped at a breakpoint");
-  return element;
+  announce(heading.textContent);
+  const place = h("div", { class: "asking" }, element);
+  return place;
 }
 
 const waits = (count) => (count > 1 ? `The run waits for ${count} answers` : "The run waits for an answer");
@@ -143,7 +168,7 @@ function freeField(id, title, suggested, onChange) {
   const input = h("textarea", {
     id: `answer-${id}`, rows: 2, spellcheck: "false", "aria-describedby": `how-${id} wrong-${id}`,
     input: () => {
-      say(how, input.value === "" ? "Text, or JSON." : `Sent as ${kindOf(input.value)}.`);
+      say(how, input.value === "" ? "Text, or JSON." : `Taken as ${kindOf(input.value)}.`);
       onChange();
     },
   });
@@ -151,12 +176,20 @@ function freeField(id, title, suggested, onChange) {
   say(how, "Text, or JSON.");
   const write = (text) => {
     input.value = text;
-    input.dispatchEvent(new Event("input"));
+    input.dispatchEvent(new Event("input", { bubbles: true }));
     input.focus();
   };
-  return {
+  const field = {
     title,
-    read: () => (input.value === "" ? undefined : parsed(input.value)),
+    read() {
+      if (input.value === "") return undefined;
+      try {
+        return fromJson(input.value);
+      } catch (problem) {
+        if (problem instanceof SyntaxError) return input.value;
+        throw new FieldError(field, problem.message);
+      }
+    },
     complain(text) {
       set(input, "aria-invalid", text === null ? null : "true");
       wrong.hidden = text === null;
@@ -167,35 +200,38 @@ function freeField(id, title, suggested, onChange) {
       h("div", { class: "bar-row" }, how, ...suggested.map((text) =>
         h("button", { type: "button", class: "quiet", click: () => write(text) }, text)))),
   };
+  return field;
 }
 
-function parsed(text) {
+function kindOf(text) {
   try {
-    return JSON.parse(text);
+    return typeof JSON.parse(text) === "string" ? "text" : "JSON";
   } catch {
-    return text;
+    return "text";
   }
 }
-
-const kindOf = (text) => (typeof parsed(text) === "string" ? "text" : "JSON");
 
 /** A question may name answers, as JSON or in words; only what is JSON can be put in. */
 const suggestions = (value) =>
   (Array.isArray(value?.answers) ? value.answers : [])
     .map((answer) => (typeof answer === "string" ? answer : JSON.stringify(answer)))
-    .filter((answer) => typeof parsed(answer) !== "string");
+    .filter((answer) => kindOf(answer) === "JSON");
 
 /** The value of an interrupt: texts as text, the rest as JSON. */
 function asked(value) {
-  if (typeof value === "string") return h("p", { class: "asked" }, value);
+  if (typeof value === "string") return h("p", { class: "asked", dir: "auto" }, value);
   if (typeof value !== "object" || value === null || Array.isArray(value)) {
-    return h("pre", {}, JSON.stringify(value, null, 2));
+    return about(h("pre", {}, JSON.stringify(value, null, 2)));
   }
   const { question, answers, ...rest } = value;
+  const parts = Object.entries(typeof question === "string" ? rest : { question, ...rest })
+    .filter(([, part]) => part !== undefined);
   return h("div", {},
-    typeof question === "string" ? h("p", { class: "asked" }, question) : null,
-    h("dl", { class: "asked-more" }, ...Object.entries(typeof question === "string" ? rest : { question, ...rest })
-      .filter(([, part]) => part !== undefined)
-      .map(([name, part]) => h("div", {}, h("dt", {}, name), h("dd", {},
-        typeof part === "string" ? h("div", { class: "said" }, part) : h("pre", {}, JSON.stringify(part, null, 2)))))));
+    typeof question === "string" ? h("p", { class: "asked", dir: "auto" }, question) : null,
+    parts.length ? about(h("dl", {}, ...parts.map(([name, part]) => h("div", {}, h("dt", {}, name), h("dd", {},
+      typeof part === "string" ? h("div", { class: "said", dir: "auto" }, part) : h("pre", {}, JSON.stringify(part, null, 2))))))) : null);
 }
+
+/** It scrolls when it is long, also with the keyboard. */
+const about = (content) =>
+  h("div", { class: "asked-more", tabindex: 0, role: "region", "aria-label": "What is asked about" }, content);

@@ -109,12 +109,12 @@ export class Reader {
       this._askedToWait = 1000 * Math.min(60, Number(response.headers.get("Retry-After")) || 0);
       return null;
     }
-    const problem = await response.json().catch(() => ({}));
-    if (problem.code === "cursor_ahead") {
+    const problem = await response.json().catch(() => null);
+    if (problem?.code === "cursor_ahead") {
       this._startOver();
       return null;
     }
-    return { why: problem.detail ?? `the server answered ${response.status}` };
+    return { why: problem?.detail ?? `the server answered ${response.status}` };
   }
 
   /** The log is another one, for instance after its file was restored. */
@@ -123,24 +123,31 @@ export class Reader {
     this._onReset();
   }
 
+  /** Hands on what is good; a line that cannot be, or that is missing, ends the connection. */
   _take(batch) {
     const fresh = [];
     let caughtUp = false;
-    for (const text of batch) {
-      const line = JSON.parse(text);
-      if (line.seq === undefined) {
-        caughtUp ||= line.type === "caught_up" || line.type === "heartbeat";
-        fresh.push({ line, text });
-      } else if (line.seq === this.cursor + 1) {
-        this.cursor = line.seq;
-        this._ended ||= line.data.final === true;
-        fresh.push({ line, text });
-      } else if (line.seq > this.cursor) {
-        throw new Error(`line ${this.cursor + 1} is missing`); // the next connection asks for it
+    try {
+      for (const text of batch) {
+        if (text === "") continue;
+        const line = JSON.parse(text);
+        if (line.seq === undefined) {
+          caughtUp ||= line.type === "caught_up" || line.type === "heartbeat";
+          fresh.push({ line, text });
+        } else if (line.seq === this.cursor + 1) {
+          this.cursor = line.seq;
+          this._ended ||= line.data.final === true;
+          fresh.push({ line, text });
+        } else if (line.seq > this.cursor) {
+          throw new Error(`line ${this.cursor + 1} is missing`); // the next connection asks for it
+        }
+      }
+    } finally {
+      if (fresh.length) {
+        this._tries = 0;
+        this._onLines(fresh);
       }
     }
-    this._tries = 0;
-    if (fresh.length) this._onLines(fresh);
     if (caughtUp && !this._ended) this._status("live");
   }
 

@@ -8,12 +8,16 @@ const STATUS = {
   "run.interrupted": "interrupted",
 };
 
+/** How many of the lines that tell the server's clock count. */
+const HEARD = 4;
+
 export class Run {
   constructor(runId) {
     this.runId = runId;
     this.threadId = null;
     this.graph = null;
-    this.status = "pending";
+    /** Null until a line tells it. */
+    this.status = null;
     this.epoch = 0;
     this.traceId = null;
     this.queuedAt = null;
@@ -21,6 +25,8 @@ export class Run {
     this.endedAt = null;
     /** The terminal line's data. */
     this.result = null;
+    /** Whether a later run has answered what this one asked. */
+    this.answered = false;
     /** Visits of nodes, by task, in the order in which they began. */
     this.visits = new Map();
     /** What the drawing shows, by the node's path. */
@@ -35,8 +41,11 @@ export class Run {
     this.recoveries = [];
     /** The time at which the connection was cut: what has happened since, nobody here knows. */
     this.cutAt = null;
+    /** When the last line was written. */
+    this.lastAt = null;
     /** How far this machine's clock is ahead of the server's, at most. */
     this.skew = null;
+    this._skews = [];
     this._messages = new Map();
     this._said = new Map();
   }
@@ -61,17 +70,22 @@ export class Run {
     this.traceId = line.trace_id ?? this.traceId;
     FOLDS[line.type]?.(this, line, at);
     if (line.type in STATUS) end(this, line, at);
+    this.lastAt = at;
   }
 
-  /** Lines that are sent as they are made tell the server's clock; the quickest one tells it best. */
+  /**
+   * Lines that are sent as they are made tell the server's clock; the quickest one tells it best.
+   * Only the last few count, for this machine's clock may be set.
+   */
   _hear(at) {
-    const skew = Date.now() - at;
-    this.skew = this.skew === null ? skew : Math.min(this.skew, skew);
+    this._skews = [...this._skews.slice(1 - HEARD), Date.now() - at];
+    this.skew = Math.min(...this._skews);
   }
 }
 
 const FOLDS = {
   "run.queued"(run, line, at) {
+    run.status = "pending";
     run.graph = line.data.graph;
     run.queuedAt = at;
   },
@@ -89,7 +103,7 @@ const FOLDS = {
     for (const { task } of listed(line.data.lost)) {
       const visit = run.visits.get(task);
       if (visit) {
-        closeBar(visit, at, "lost");
+        loseBar(visit, run.lastAt, at);
         become(run, visit, "waiting");
       }
       const own = (run._said.get(task) ?? []).filter((text) => text.task === task);
@@ -103,14 +117,15 @@ const FOLDS = {
     closeBar(visit, at, "wait");
     visit.attempt = line.attempt;
     run.latest = visit.key;
-    visit.bars.push({ kind: "attempt", from: at, to: null, outcome: null, attempt: line.attempt });
+    openBar(visit, "attempt", at);
     become(run, visit, "running");
   },
   "node.retrying"(run, line, at) {
     const visit = visitOf(run, line);
     closeBar(visit, at, "failed");
-    visit.bars.push({ kind: "wait", from: at, to: null, outcome: null, attempt: line.attempt });
+    openBar(visit, "wait", at);
     visit.retryAt = at + line.data.retry_in_ms;
+    visit.retryBy = visit.retryAt + (line.data.jitter_ms ?? 0);
     visit.error = line.data.error_type;
     visit.attempts = line.data.max_attempts;
     become(run, visit, "retrying");
@@ -130,7 +145,8 @@ const FOLDS = {
   "node.cancelled"(run, line, at) {
     settle(run, line, at, "cancelled");
   },
-  "call.retrying"(run, line) {
+  "call.retrying"(run, line, at) {
+    run.visits.get(line.task)?.bars.at(-1)?.pauses.push({ from: at, to: at + line.data.retry_in_ms });
     const said = listed(line.data.message_ids).map((id) => run._messages.get(id)).filter(Boolean);
     const dropped = discard(run, said, 0);
     note(run, line, `${line.data.error_type} in ${line.data.call}; it is called again.${taken(dropped)}`);
@@ -161,7 +177,7 @@ function visitOf(run, line) {
     visit = {
       task: line.task, node: line.node, key, depth: line.ns.length, step: line.step,
       parent: line.path.at(-1) ?? null,
-      state: null, attempt: line.attempt, attempts: null, bars: [], retryAt: null, error: null,
+      state: null, attempt: line.attempt, attempts: null, bars: [], retryAt: null, retryBy: null, error: null,
       durationMs: null,
     };
     run.visits.set(line.task, visit);
@@ -193,12 +209,15 @@ export function stateOf(node) {
 function settle(run, line, at, state) {
   const visit = visitOf(run, line);
   const { duration_ms: ms } = line.data;
-  if (!visit.bars.length) {
-    visit.bars.push({ kind: "attempt", from: at, to: null, outcome: null, attempt: null });
-  }
+  if (!visit.bars.length) openBar(visit, "attempt", at);
   closeBar(visit, at, state);
   visit.durationMs = ms ?? null;
   become(run, visit, state);
+}
+
+/** `pauses` are the back-offs of the calls in it, as long as they are meant to be. */
+function openBar(visit, kind, at) {
+  visit.bars.push({ kind, from: at, to: null, outcome: null, pauses: [] });
 }
 
 function closeBar(visit, at, outcome) {
@@ -207,6 +226,14 @@ function closeBar(visit, at, outcome) {
     bar.to = at;
     bar.outcome = outcome;
   }
+}
+
+/** What was under way is known up to the run's last line; how long it still went on, nobody knows. */
+function loseBar(visit, from, to) {
+  if (visit.bars.at(-1).to !== null) return;
+  closeBar(visit, from, "lost");
+  openBar(visit, "gone", from);
+  closeBar(visit, to, null);
 }
 
 function end(run, line, at) {

@@ -9,7 +9,7 @@ export function resolved(schema, definitions, refs = []) {
   if (schema.$ref) {
     const name = schema.$ref.split("/").pop();
     refs.push(name);
-    return resolved({ ...definitions[name], ...without(schema, "$ref") }, definitions, refs);
+    return resolved({ ...own(definitions, name), ...without(schema, "$ref") }, definitions, refs);
   }
   const given = schema.anyOf ?? schema.oneOf;
   const options = given?.filter((option) => option.type !== "null");
@@ -22,6 +22,9 @@ export function resolved(schema, definitions, refs = []) {
   }
   return schema;
 }
+
+/** What an object itself has under a name, be the name `constructor`. */
+export const own = (object, name) => (Object.hasOwn(object, name) ? object[name] : undefined);
 
 export const without = (object, ...names) =>
   Object.fromEntries(Object.entries(object).filter(([name]) => !names.includes(name)));
@@ -41,8 +44,8 @@ export function matches(raw, value, context, depth = 0) {
   if (schema.anyOf) return schema.anyOf.some((option) => matches(option, value, context, depth + 1));
   if (schema.type === "object") {
     return isObject(value)
-      && (schema.required ?? []).every((name) => name in value)
-      && Object.entries(schema.properties ?? {}).every(([name, part]) => !(name in value) || matches(part, value[name], context, depth + 1));
+      && (schema.required ?? []).every((name) => Object.hasOwn(value, name))
+      && Object.entries(schema.properties ?? {}).every(([name, part]) => !Object.hasOwn(value, name) || matches(part, value[name], context, depth + 1));
   }
   if (schema.type === "array") return Array.isArray(value) && value.every((item) => !schema.items || matches(schema.items, item, context, depth + 1));
   if (schema.type === "null") return value === null;
@@ -52,6 +55,6 @@ export function matches(raw, value, context, depth = 0) {
 
 /** Whether it is of LangChain's messages. */
 export const isMessages = (schema, { definitions }) =>
-  schema.type === "array" && JSON.stringify(schema.items ?? {}).includes("HumanMessage") && "HumanMessage" in definitions;
+  schema.type === "array" && JSON.stringify(schema.items ?? {}).includes("HumanMessage") && Object.hasOwn(definitions, "HumanMessage");
 
 export const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

@@ -3,8 +3,11 @@
 import * as api from "./api.js";
 import { announce, copyButton, h, quoted, say, set } from "./dom.js";
 import { Drawing } from "./drawing.js";
-import { FieldError, formOf } from "./form.js";
+import { FieldError, formOf, fromJson } from "./form.js";
 import { Run } from "./run.js";
+
+/** A drawing that takes longer is put in when it comes. */
+const PATIENCE_MS = 300;
 
 /** What else `POST /v1/runs` takes. */
 const MORE = {
@@ -29,9 +32,9 @@ const MORE = {
 
 /** The view for a graph; `onStart` gets the run that was started. */
 export async function startView(graphs, graph, { onStart, onChoose }) {
-  const [schema, shape] = await Promise.all([api.schema(graph.name), api.drawing(graph.name)]);
-  const drawing = new Drawing(shape, graph, () => {});
-  drawing.render(new Run(null));
+  const stage = h("section", { class: "panel stage", "aria-label": "Drawing" });
+  const patience = new Promise((resolve) => setTimeout(resolve, PATIENCE_MS));
+  const [schema] = await Promise.all([api.schema(graph.name), Promise.race([draw(graph, stage), patience])]);
 
   const error = h("p", { class: "problem", role: "alert", hidden: true });
   const curl = h("pre", { class: "curl", tabindex: 0, "aria-label": "The same with curl" });
@@ -52,13 +55,14 @@ export async function startView(graphs, graph, { onStart, onChoose }) {
   const button = h("button", { type: "submit", class: "primary" }, "Start the run");
   let input = graph.default_input ?? {};
   let wrong = null; // what keeps the run from being started
+  let starting = false;
   let marked = [];
 
   function readJson() {
     try {
-      return JSON.parse(json.value);
-    } catch (exc) {
-      throw new FieldError(jsonField, `this is not JSON: ${exc.message}`);
+      return fromJson(json.value);
+    } catch (problem) {
+      throw new FieldError(jsonField, problem.message);
     }
   }
 
@@ -141,17 +145,19 @@ export async function startView(graphs, graph, { onStart, onChoose }) {
 
   async function submit(event) {
     event.preventDefault();
-    if (button.disabled) return;
+    if (starting) return;
     if (wrong) {
       goToWrong();
       return;
     }
-    button.disabled = true;
+    starting = true; // a button that is disabled would lose the focus
+    set(button, "aria-disabled", "true");
     try {
       onStart(await api.start(body()));
       announce("The run has started.");
     } catch (problem) {
-      button.disabled = false;
+      starting = false;
+      set(button, "aria-disabled", null);
       refused(problem);
     }
   }
@@ -160,15 +166,10 @@ export async function startView(graphs, graph, { onStart, onChoose }) {
   json.value = JSON.stringify(input, null, 2);
   recheck();
 
-  const choice = h("div", { class: "graphs", role: "group", "aria-label": "Graph" }, ...graphs.map(({ name, description }) =>
-    h("button", {
-      type: "button", class: "graph", "aria-pressed": String(name === graph.name), click: () => name === graph.name || onChoose(name),
-    }, h("strong", {}, name), description ? h("span", {}, description) : null)));
-
   return h("div", { class: "view start" },
     h("h1", {}, "New run"),
-    choice,
-    h("section", { class: "panel stage", "aria-label": "Drawing" }, drawing.element),
+    choiceOf(graphs, graph, onChoose),
+    stage,
     h("form", {
       class: "panel", submit, novalidate: true,
       keydown: (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && submit(event),
@@ -182,7 +183,21 @@ export async function startView(graphs, graph, { onStart, onChoose }) {
     error,
     h("div", { class: "bar-row" }, button, h("span", { class: "hint" }, "Ctrl + Enter"))),
     h("section", { class: "panel", "aria-label": "curl" },
-      h("div", { class: "bar-row" }, h("h2", {}, "The same with curl"), copyButton("Copy", () => curl.textContent)), curl));
+      h("div", { class: "bar-row" }, h("h2", {}, "The same with curl"), copyButton("Copy", () => curl.textContent, "Copy the command")), curl));
+}
+
+/** The graphs as buttons; the one that is chosen is pressed. */
+export const choiceOf = (graphs, graph, onChoose) =>
+  h("div", { class: "graphs", role: "group", "aria-label": "Graph" }, ...graphs.map(({ name, description }) =>
+    h("button", {
+      type: "button", class: "graph", "aria-pressed": String(name === graph.name), click: () => name === graph.name || onChoose(name),
+    }, h("strong", {}, name), description ? h("span", {}, description) : null)));
+
+async function draw(graph, stage) {
+  const shape = await api.drawing(graph.name).catch(() => null);
+  const drawing = new Drawing(shape, graph, null);
+  drawing.render(new Run(null));
+  stage.replaceChildren(drawing.element);
 }
 
 /** A control of this view as a field that can be wrong. */

@@ -33,6 +33,7 @@ export class Texts {
       this._items.delete(text);
     }
     for (const text of shown.reverse()) this._renderItem(text);
+    set(this.element, "data-over", run.over ? "" : null);
     this._empty.hidden = shown.length > 0;
     this._earlier.hidden = index === 0;
     say(this._empty, run.over ? "Nothing was said." : "Nothing has been said yet.");
@@ -43,7 +44,7 @@ export class Texts {
   _renderItem(text) {
     let item = this._items.get(text);
     if (!item) {
-      const body = h("div", { class: "said" });
+      const body = h("div", { class: "said", dir: "auto" });
       const head = text.kind === "note" || !text.node ? null : h("div", { class: "who" });
       item = { body, head, element: h("article", { class: `text ${text.kind}` }, head, body), version: -1 };
       this._items.set(text, item);
@@ -67,7 +68,7 @@ export class Texts {
 function show(element, value, more = "") {
   const link = moved(value);
   if (link) element.replaceChildren(link, more);
-  else say(element, plain(value) + more);
+  else say(element, (plain(value) + more).replace(/^\n/, ""));
 }
 
 function calls(whole) {
@@ -81,7 +82,7 @@ export function moved(value) {
   if (typeof value?.bytes !== "number" || Object.keys(value).length !== 2) return null;
   const size = `${value.bytes.toLocaleString()} bytes`;
   if (value.$truncated === true) return h("span", { class: "hint" }, `${size}, too large to be kept`);
-  if (!/^\/v1\/runs\/[\w-]+\/data\//.test(value.$ref)) return null;
+  if (!/^\/v1\/runs\/[\w-]+\/data\/\d+\/\w+$/.test(value.$ref)) return null;
   return h("a", { href: address(value.$ref.slice(1)), target: "_blank", rel: "noreferrer" }, `Open ${size}`);
 }
 

@@ -1,10 +1,12 @@
-// Every visit of a node as a bar in time: attempts solid, waits between them striped.
+// Every visit of a node as a bar in time: attempts solid, waits between and within them striped.
 
-import { duration, h, say, set } from "./dom.js";
+import { GLYPHS, duration, h, say, set } from "./dom.js";
 
 /** More rows than this are neither read nor drawn in time; the latest ones are kept. */
 const ROWS = 200;
 const STEPS = [1, 2, 5];
+/** These ends are told beside the time as well, not by a colour alone. */
+const TOLD = ["failed", "interrupted", "cancelled"];
 /** The widest that a letter of the axis is. */
 const LETTER = 7;
 
@@ -69,23 +71,30 @@ export class Waterfall {
       const lane = h("span", { class: "lane", "aria-hidden": "true" });
       const name = h("button", { type: "button", class: "name", click: () => this._onPick(visit) }, visit.node);
       name.style.paddingInlineStart = `${visit.depth * 14 + 6}px`;
-      row = { element: h("li", {}, name, lane, time), lane, time, bars: [] };
+      row = { element: h("li", {}, name, lane, time), name, lane, time, bars: [] };
       row.element.dataset.depth = visit.depth;
       this._rows.set(visit.task, row);
       this._place(row, visit);
     }
     set(row.element, "data-state", visit.state);
+    set(row.name, "aria-label", `${visit.node}: ${visit.state}`);
     visit.bars.forEach((bar, index) => {
       const until = bar.to ?? now;
       const element = (row.bars[index] ??= row.lane.appendChild(h("span", { class: "bar" })));
-      set(element, "data-outcome", bar.kind === "wait" ? "wait" : bar.outcome ?? "running");
-      element.style.left = `${((bar.from - from) / span) * 100}%`;
-      element.style.width = `${((until - bar.from) / span) * 100}%`;
+      set(element, "data-outcome", bar.kind === "attempt" ? bar.outcome ?? "running" : bar.kind);
+      lay(element, bar.from - from, until - bar.from, span);
+      bar.pauses.forEach((pause, at) => {
+        const inside = element.children[at] ?? element.appendChild(h("span", { class: "pause" }));
+        lay(inside, pause.from - bar.from, pause.to - pause.from, until - bar.from);
+      });
     });
     const first = visit.bars[0]?.from ?? now;
     const attempts = visit.bars.filter((bar) => bar.kind === "attempt").length;
-    const total = duration((visit.bars.at(-1)?.to ?? now) - first);
-    say(row.time, `${total}${attempts > 1 ? ` · ${attempts} tries` : ""}`);
+    // A visit that went on after a crash was measured from there only.
+    const measured = visit.bars.some((bar) => bar.outcome === "lost") ? null : visit.durationMs;
+    const total = duration(measured ?? (visit.bars.at(-1)?.to ?? now) - first);
+    const glyph = TOLD.includes(visit.state) ? `${GLYPHS[visit.state]} ` : "";
+    say(row.time, `${glyph}${total}${attempts > 1 ? ` · ${attempts} tries` : ""}`);
     row.final = visit.durationMs !== null;
     row.span = span;
   }
@@ -96,6 +105,12 @@ export class Waterfall {
     while (next && Number(next.dataset.depth) >= depth) next = next.nextElementSibling;
     this._list.insertBefore(row.element, next);
   }
+}
+
+/** Where something begins, and how long it lasts, in what is `whole` long. */
+function lay(element, from, lasts, whole) {
+  element.style.left = `${(from / whole) * 100}%`;
+  element.style.width = `${(lasts / whole) * 100}%`;
 }
 
 /** A round number of milliseconds, so that its marks have room. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -41,7 +42,8 @@ class Order(BaseModel):
     amount: int = Field(ge=1, le=10)
     weight: float | None = Field(None, gt=0)
     speed: Literal["slow", "fast"] = "slow"
-    gift: bool = False
+    gift: bool = Field(False, description="Is it one?")
+    fetched: str = Field("monday", description="When it is fetched")
     place: Place
     tags: list[str] = []
     days: set[Literal["mon", "tue"]] = set()
@@ -123,7 +125,14 @@ async def vast(state: Empty) -> Empty:
     return {"said": [interrupt(value, response_schema=Verdict).approved]}
 
 
+async def endless(state: Empty) -> Empty:
+    interrupt("For how long?")
+    await asyncio.Event().wait()
+    return {}
+
+
 judging = StateGraph(Empty).add_node("judge", judge).add_edge(START, "judge").compile()
+asking_free = StateGraph(Empty).add_node("free", free).add_edge(START, "free").compile()
 evening = StateGraph(Empty).add_node("even", even).add_edge(START, "even").compile()
 asking_two = (
     StateGraph(Empty)
@@ -136,3 +145,4 @@ asking_two = (
 )
 asking_inside = StateGraph(Empty).add_node("inner", judging).add_edge(START, "inner").compile()
 asking_much = StateGraph(Empty).add_node("vast", vast).add_edge(START, "vast").compile()
+asking_long = StateGraph(Empty).add_node("endless", endless).add_edge(START, "endless").compile()

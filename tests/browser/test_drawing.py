@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from itertools import combinations, pairwise
 from random import Random
 from typing import Any
@@ -265,6 +267,101 @@ def test_a_cached_node_says_so(server: Server, opening: Opening, picture: Pictur
     expect(page.locator(".bar[data-outcome=cached]")).to_have_count(1)
 
 
+def told(page: Page, *lines: tuple[int, str, dict[str, Any]]) -> None:
+    """From now on, a run of `story` is told with these lines: milliseconds, type and data."""
+    of_node = {"node": "think", "ns": [], "path": [], "task": "one", "step": 1, "attempt": 1}
+    body = ""
+    for seq, (ms, type, data) in enumerate(lines, 1):
+        ts = datetime.fromtimestamp(ms / 1000, UTC).isoformat()
+        of_run = {"v": 1, "seq": seq, "ts": ts, "type": type, "epoch": 1, "thread_id": "t"}
+        of = {} if type.startswith("run.") else of_node
+        body += json.dumps({**of_run, **of, "data": data}) + "\n"
+    headers = {"Content-Type": "application/x-ndjson", "X-Log-Id": "one"}
+    page.route("**/stream?*", lambda route: route.fulfill(headers=headers, body=body))
+    page.evaluate("location.hash = '#/runs/told'")
+    run_status(page, "success")
+
+
+def shares(outer: Any, inner: str) -> list[list[float]]:
+    """Where elements begin, and how wide they are, in hundredths of the one around them."""
+    found: list[list[float]] = outer.locator(inner).evaluate_all(
+        """(all) => all.map((one) => {
+          const inner = one.getBoundingClientRect();
+          const outer = one.parentElement.getBoundingClientRect();
+          return [inner.left - outer.left, inner.width].map((px) => (100 * px) / outer.width);
+        })"""
+    )
+    return found
+
+
+BEGUN = (
+    (0, "run.queued", {"graph": "story"}),
+    (0, "run.started", {}),
+    (100, "node.started", {}),
+)
+RETRYING = {"call": "ask", "error_type": "Busy", "message_ids": []}
+NUMBERS = {"final": True, "output": {}, "queue_ms": 0}
+
+
+def test_the_waterfall_shows_the_back_off_of_calls_within_their_node(
+    server: Server, opening: Opening
+) -> None:
+    page = opening()
+    told(
+        page,
+        *BEGUN,
+        (200, "call.retrying", {**RETRYING, "retry_in_ms": 300}),
+        (600, "call.retrying", {**RETRYING, "retry_in_ms": 60_000}),
+        (1100, "node.completed", {"duration_ms": 1000}),
+        (1100, "run.completed", {**NUMBERS, "duration_ms": 1100, "backoff_ms": 250.0}),
+    )
+    bar = page.locator(".bar")
+    first, second = shares(bar, ".pause")
+    hit = "([x, y]) => document.elementFromPoint(x, y).className"
+    bar.scroll_into_view_if_needed()
+    area = bar.bounding_box()
+    assert area is not None
+    across, down = area["x"] + area["width"], area["y"] + area["height"] / 2
+
+    assert first == pytest.approx([10, 30], abs=1)
+    assert second[0] == pytest.approx(50, abs=1)
+    assert page.evaluate(hit, [across - 3, down]) == "pause"
+    assert page.evaluate(hit, [across + 3, down]) != "pause", "it is longer than its node"
+    expect(page.locator(".outcome .facts")).to_contain_text("back-off250 ms")
+
+
+@pytest.mark.parametrize(
+    ("before", "bars"),
+    [
+        (("custom", {"value": "a word"}), {"lost": [5, 10], "gone": [15, 75]}),
+        (("node.completed", {"duration_ms": 200}), {"done": [5, 10]}),
+    ],
+    ids=["it was under way", "it had ended"],
+)
+def test_the_waterfall_does_not_colour_the_time_in_which_no_server_was_there(
+    server: Server, opening: Opening, before: tuple[str, Any], bars: dict[str, list[float]]
+) -> None:
+    page = opening()
+    lost = {"reason": "crash", "lost": [{"task": "one"}], "discard_from": 9}
+    told(
+        page,
+        *BEGUN,
+        (300, *before),
+        (1800, "run.recovered", lost),
+        (1800, "node.started", {}),
+        (2000, "node.completed", {"duration_ms": 200}),
+        (2000, "run.completed", {**NUMBERS, "duration_ms": 2000, "backoff_ms": 0}),
+    )
+    outcomes = page.locator(".bar").evaluate_all("(all) => all.map((one) => one.dataset.outcome)")
+
+    assert outcomes == [*bars, "done"]
+    assert shares(page.locator(".rows"), ".bar") == [
+        pytest.approx(share, abs=1) for share in (*bars.values(), [90, 10])
+    ]
+    expect(page.locator(".rows .time")).to_contain_text("2 tries")
+    expect(page.locator(".outcome .facts")).not_to_contain_text("back-off")
+
+
 @pytest.mark.parametrize("width", [360, 700, 950, 1280, 1900])
 def test_the_times_of_the_waterfall_do_not_touch(
     server: Server, opening: Opening, width: int
@@ -355,9 +452,152 @@ def test_a_value_that_only_looks_like_a_link_is_shown_as_it_is(
             { $ref: "//elsewhere.example/v1/runs/a/data/1/output", bytes: 1 },
             { $ref: "#/components/schemas/Line" },
             { $ref: "/v1/runs/a/data/1/output", bytes: 1, more: 2 },
+            { $ref: "/v1/runs/a/data/../../../../evil", bytes: 1 },
+            { $ref: "/v1/runs/a/data/1/output/../more", bytes: 1 },
             null, "text", 3, [1],
           ].map((value) => moved(value));
         }"""
     )
 
-    assert links == [None] * 8
+    assert links == [None] * 10
+
+
+#: More than fit, side by side; `story` is drawn as this where it is asked for.
+LARGE = [f"node_{number}" for number in range(60)] + ["think", "draft", "approve"]
+
+
+def draw_as(page: Page, nodes: list[str], edges: list[tuple[str, str]]) -> None:
+    """From now on, every graph is drawn like this."""
+    shape = {
+        "nodes": [{"id": id, "label": id} for id in ["__start__", *nodes, "__end__"]],
+        "edges": [{"source": source, "target": target} for source, target in edges],
+    }
+    page.route("**/drawing?*", lambda route: route.fulfill(json=shape))
+
+
+def fan(nodes: list[str]) -> list[tuple[str, str]]:
+    return [edge for one in nodes for edge in (("__start__", one), (one, "__end__"))]
+
+
+def tab_stops(page: Page) -> int:
+    return page.locator(".stage [tabindex='0']").count()
+
+
+def test_a_large_graph_keeps_to_its_place_and_is_one_tab_stop(
+    server: Server, opening: Opening, picture: Picture
+) -> None:
+    run_id = server.submit("story", "t", input={"topic": "rain"})
+    server.wait_line(run_id, "run.interrupted")
+    page = opening()
+    draw_as(page, LARGE, fan(LARGE))
+    page.goto(f"{server.url}/#/graphs/story")
+    canvas = page.locator(".canvas")
+    expect(canvas).to_have_attribute("tabindex", "0")
+    assert page.locator(".stage [role=button], .stage [aria-pressed]").count() == 0
+    assert tab_stops(page) == 1
+    expect(node(page, "draft")).to_have_attribute("aria-label", "draft")
+    picture(page, "large-graph")
+    assert axe(page) == []
+
+    page.goto(f"{server.url}/#/runs/{run_id}")
+    in_state(page, "approve", "interrupted")
+    assert canvas.bounding_box()["height"] <= 0.7 * page.viewport_size["height"] + 1
+    expect(node(page, "approve").locator(".box")).to_be_in_viewport(ratio=1)
+    expect(node(page, "node_0").locator(".box")).not_to_be_in_viewport()
+    assert tab_stops(page) == 1
+
+
+def test_arrow_keys_go_through_the_drawing(server: Server, opening: Opening) -> None:
+    run_id = server.submit("desk", "t", input={"items": 1})
+    server.wait_line(run_id, "run.completed")
+    page = opening(f"/#/runs/{run_id}", viewport=WIDE)
+    in_state(page, "team/library/read", "done")
+    buttons = page.locator(".stage [role=button]")
+    buttons.first.focus()
+    passed = []
+    for _ in range(buttons.count()):
+        passed.append(page.evaluate("document.activeElement.getAttribute('aria-label')"))
+        assert tab_stops(page) == 1
+        page.keyboard.press("ArrowRight")
+
+    assert len(set(passed)) == len(passed)
+    expect(buttons.last).to_be_focused()
+    page.keyboard.press("ArrowUp")
+    expect(buttons.nth(-2)).to_be_focused()
+    page.keyboard.press("Home")
+    expect(buttons.first).to_be_focused()
+    page.keyboard.press("End")
+    expect(buttons.last).to_be_focused()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('.stage')") is None
+    page.keyboard.press("Shift+Tab")
+    expect(buttons.last).to_be_focused()
+
+
+def test_the_focus_survives_that_the_drawing_is_drawn_again(
+    server: Server, opening: Opening
+) -> None:
+    run_id = server.submit("desk", "t", input={"items": 1})
+    server.wait_line(run_id, "run.completed")
+    page = opening(f"/#/runs/{run_id}", viewport=WIDE)
+    fold(page, "team").focus()
+    page.set_viewport_size({"width": 390, "height": 844})
+    expect(node(page, "team/sketch")).to_have_count(0)
+    expect(fold(page, "team")).to_be_focused()
+    page.set_viewport_size(WIDE)
+    expect(node(page, "team/library/read")).to_be_visible()
+    expect(fold(page, "team")).to_be_focused()
+    node(page, "team/library/read").focus()
+    page.set_viewport_size({"width": 390, "height": 844})
+
+    expect(node(page, "team")).to_be_focused()
+    assert tab_stops(page) == 1
+
+
+def test_a_fold_is_large_enough_to_be_hit(server: Server, opening: Opening) -> None:
+    page = opening("/#/graphs/desk", viewport={"width": 390, "height": 844})
+    area = fold(page, "team").locator(".reach").bounding_box()
+    assert area is not None
+    assert min(area["width"], area["height"]) >= 24
+    page.mouse.click(area["x"] + 2, area["y"] + 2)
+    expect(fold(page, "team")).to_have_attribute("aria-expanded", "true")
+
+
+def test_a_node_whose_question_was_answered_says_so(server: Server, opening: Opening) -> None:
+    run_id = server.submit("story", "t", input={"topic": "rain"})
+    server.wait_line(run_id, "run.interrupted")
+    page = opening(f"/#/runs/{run_id}")
+    expect(note(page, "approve")).to_have_text("needs an answer")
+    server.wait_line(server.resume("t", "yes"), "run.completed")
+    page.reload()
+    expect(note(page, "approve")).to_have_text("answered")
+
+
+def test_a_drawing_says_when_it_lacks_edges(server: Server, opening: Opening) -> None:
+    page = opening("/#/graphs/desk")
+    told = page.get_by_text("Not all edges of this graph are known.")
+    expect(node(page, "proof")).to_be_visible()
+    expect(told).to_have_count(0)
+    draw_as(page, ["think", "draft"], fan(["think"]))
+    page.goto(f"{server.url}/#/graphs/story")
+    expect(told).to_be_visible()
+
+
+def test_the_waterfall_tells_how_a_visit_ended_without_its_colour(
+    server: Server, opening: Opening
+) -> None:
+    server.hold("t", "proof_fails")
+    run_id = server.submit("desk", "t", input={"items": 1})
+    ended = {
+        line["node"]: f"{int(line['data']['duration_ms'] + 0.5)} ms"
+        for line in server.lines(run_id)
+        if line["type"] in ("node.completed", "node.failed")
+    }
+    page = opening(f"/#/runs/{run_id}")
+    run_status(page, "error")
+    rows = page.locator(".rows li")
+    proof = rows.filter(has=page.get_by_role("button", name="proof: failed"))
+    edit = rows.filter(has=page.get_by_role("button", name="edit: done"))
+
+    expect(proof.locator(".time")).to_have_text(f"✕ {ended['proof']}")
+    expect(edit.locator(".time")).to_have_text(ended["edit"])
