@@ -548,6 +548,7 @@ class Worker:
         data = outcome.data
         error = data.get("error") or {}
         bad = data.get("status") in ("error", "timeout")
+        took = {"duration_ms": data.get("duration_ms")} if "status" in data else {}
         log = self._log.warning if bad else self._log.info
         log(
             _SAID[outcome.type],
@@ -557,7 +558,7 @@ class Worker:
             thread_id=run.thread_id,
             graph=run.graph,
             status=data.get("status", "pending"),
-            **({"duration_ms": data["duration_ms"]} if "duration_ms" in data else {}),
+            **took,
             **{name: error[name] for name in _ERROR_FIELDS if name in error},
         )
         segment.end(data, had_output=history.first_output_s is not None)
