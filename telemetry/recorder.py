@@ -18,7 +18,7 @@ from typing import Any
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
-from telemetry.tracing import RUN_ID, TRIGGER, plain
+from telemetry.tracing import RUN_ID, TRIGGER, encodable, plain
 
 __all__ = ["Recorded", "Recorder", "otlp"]
 
@@ -218,7 +218,7 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
         traceState=context.trace_state.to_header(),
         parentSpanId=f"{parent.span_id:016x}" if parent else None,
         flags=_flags(parent),
-        name=_text(span.name),
+        name=encodable(span.name),
         kind=span.kind.value + 1,  # 0 is "unspecified" on the wire
         startTimeUnixNano=_nanos(span.start_time),
         endTimeUnixNano=_nanos(span.end_time),
@@ -228,14 +228,14 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
         droppedEventsCount=span.dropped_events,
         links=[_link(link) for link in span.links],
         droppedLinksCount=span.dropped_links,
-        status=_filled(code=status.status_code.value, message=_text(status.description or "")),
+        status=_filled(code=status.status_code.value, message=encodable(status.description or "")),
     )
 
 
 def _event(event: Event) -> dict[str, Any]:
     return _filled(
         timeUnixNano=_nanos(event.timestamp),
-        name=_text(event.name),
+        name=encodable(event.name),
         attributes=_attributes(event.attributes),
         droppedAttributesCount=event.dropped_attributes,
     )
@@ -260,7 +260,7 @@ def _nanos(time: int | None) -> str | None:
 
 
 def _attributes(attributes: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    return [{"key": _text(name), "value": _value(v)} for name, v in (attributes or {}).items()]
+    return [{"key": encodable(name), "value": _value(v)} for name, v in (attributes or {}).items()]
 
 
 def _value(value: Any) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def _value(value: Any) -> dict[str, Any]:
         case bool():
             return {"boolValue": value}
         case str():
-            return {"stringValue": _text(value)}
+            return {"stringValue": encodable(value)}
         case int():
             return {"intValue": str(value)}
         case float():
@@ -282,11 +282,6 @@ def _value(value: Any) -> dict[str, Any]:
             return {"kvlistValue": {"values": _attributes(value)}}
         case _:
             return {"arrayValue": {"values": [_value(item) for item in value]}}
-
-
-def _text(value: str) -> str:
-    """Without lone surrogates: no UTF-8 can hold them."""
-    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
 
 
 _ODD = {math.inf: "Infinity", -math.inf: "-Infinity"}

@@ -482,7 +482,7 @@ def _muted(event: Event) -> Event:
 def _unfit(value: Any) -> bool:
     """Whether it is too long, or holds what no UTF-8 can: that would cost a whole batch."""
     if isinstance(value, str):
-        return len(value) > LONGEST_TEXT or (not value.isascii() and _encoded(value) != value)
+        return len(value) > LONGEST_TEXT or encodable(value) != value
     if isinstance(value, (tuple, list)):
         return len(value) > _MOST_ITEMS or any(map(_unfit, value))
     if isinstance(value, Mapping):
@@ -492,7 +492,7 @@ def _unfit(value: Any) -> bool:
 
 def _cut(value: Any) -> Any:
     if isinstance(value, str):
-        return _encoded(value[:LONGEST_TEXT])[:LONGEST_TEXT]
+        return encodable(value[:LONGEST_TEXT])[:LONGEST_TEXT]
     if isinstance(value, (tuple, list)):
         return tuple(map(_cut, value[:_MOST_ITEMS]))
     if isinstance(value, Mapping):
@@ -500,8 +500,9 @@ def _cut(value: Any) -> Any:
     return value
 
 
-def _encoded(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+def encodable(text: str) -> str:
+    """Without lone surrogates: no UTF-8 can hold them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def new_context(trace_id: int | None = None) -> SpanContext:

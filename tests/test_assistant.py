@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import AsyncIterator, Iterator
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import httpx2
 import pytest
+from example_kit import EXAMPLES, load
 from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.tools import ToolException
 from langgraph.checkpoint.memory import InMemorySaver
@@ -20,7 +19,7 @@ from tenacity import Future, RetryCallState
 
 from runtime.graphs import Graphs
 
-FOLDER = Path(__file__).parents[1] / "examples" / "assistant"
+FOLDER = EXAMPLES / "assistant"
 BOTH = "¿Dónde está el paquete del pedido 1002, y cuánto son 3 * 19.95?"
 
 
@@ -33,19 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Its `graph.py`; its modules are forgotten at the end."""
-    siblings = {path.stem for path in FOLDER.glob("*.py")}
-    assert not siblings & sys.modules.keys()
-    monkeypatch.syspath_prepend(FOLDER)
-    spec = spec_from_file_location("example_assistant", FOLDER / "graph.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
-    for sibling in siblings:
-        sys.modules.pop(sibling, None)
+    yield from load("assistant", monkeypatch)
 
 
 @pytest.fixture

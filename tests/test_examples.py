@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from example_kit import EXAMPLES, load
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 
 from runtime.graphs import Graphs
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXAMPLES_PACE", "0")
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The `graph.py` of an example; its modules are forgotten at the end."""
-    folder = EXAMPLES / name
-    siblings = {path.stem for path in folder.glob("*.py")}
-    assert not siblings & sys.modules.keys()
-    monkeypatch.syspath_prepend(folder)
-    spec = spec_from_file_location(f"example_{name}", folder / "graph.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
-    for sibling in siblings:
-        sys.modules.pop(sibling, None)
 
 
 def thread(name: str = "t-1") -> Any:

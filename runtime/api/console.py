@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 
+from runtime.api.etags import etag_of, is_known
 from runtime.errors import NotFound
 
 __all__ = ["router"]
@@ -74,17 +74,11 @@ def _answer(name: str, request: Request) -> Response:
     if file is None:
         raise NotFound(f"the page has no file {name!r}")
     headers = {**HEADERS, "ETag": file.etag}
-    if _knows(request.headers.get("if-none-match", ""), file.etag):
+    if is_known(request, file.etag):
         return Response(status_code=304, headers=headers)
     body = b"" if request.method == "HEAD" else file.body
     headers["Content-Length"] = str(len(file.body))
     return Response(body, headers={**headers, "Content-Type": file.media_type})
-
-
-def _knows(header: str, etag: str) -> bool:
-    """Whether If-None-Match names this version; a proxy may have made it weak."""
-    tags = (tag.strip().removeprefix("W/") for tag in header.split(","))
-    return any(tag in (etag, "*") for tag in tags)
 
 
 @cache
@@ -94,6 +88,5 @@ def _files() -> Mapping[str, _File]:
         media_type = MEDIA_TYPES.get("." + file.name.rpartition(".")[2])
         if media_type is not None:
             body = file.read_bytes()
-            etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-            found[file.name] = _File(body, media_type, etag)
+            found[file.name] = _File(body, media_type, etag_of(body))
     return found

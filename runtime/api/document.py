@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from threading import Lock
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from runtime.api.etags import etag_of, is_known
 from runtime.api.examples import ANSWERS, RUN_ID, TRACE_ID
 from runtime.api.lines import LINE_SCHEMAS
 from telemetry.http import UNSEEN
@@ -175,7 +175,7 @@ def install(app: FastAPI) -> None:
         with building:
             if not body:
                 built = json.dumps(openapi(), separators=(",", ":")).encode()
-                etag = f'"{hashlib.sha256(built).hexdigest()[:32]}"'
+                etag = etag_of(built)
                 body = built
 
     async def document(request: Request) -> Response:
@@ -183,8 +183,7 @@ def install(app: FastAPI) -> None:
         if not body:
             await asyncio.to_thread(build)
         headers = {"ETag": etag, "Cache-Control": "no-cache"}
-        known = request.headers.get("if-none-match", "")
-        if etag in known or known.strip() == "*":  # in a list, or made weak by a proxy
+        if is_known(request, etag):
             return Response(status_code=304, headers=headers)
         return Response(body, headers=headers, media_type="application/json")
 

@@ -349,7 +349,7 @@ class Worker:
             graph=run.graph,
             epoch=segment.epoch,
             seq=claim.event.seq,
-            **({} if first else {"reason": "crash" if _crashed(run) else "drain"}),
+            **({} if first else {"reason": _why_again(run)}),
         )
         segment.claimed(waited_s=claim.event.ts - run.created_at if first else None)
         if _crashed(run):
@@ -723,7 +723,7 @@ def _recovery(run: Run, history: History, held: Checkpointed) -> dict[str, Any]:
     """What `run.recovered` tells."""
     lost = superseded(history, held)
     return {
-        "reason": "crash" if _crashed(run) else "drain",
+        "reason": _why_again(run),
         "from_checkpoint": held.checkpoint_id if held.run_id == run.run_id else None,
         "lost": [
             {"task": record.task, "node": record.node, "attempt": record.attempt} for record in lost
@@ -795,6 +795,11 @@ def _context(trace_id: str | None, span_id: str | None) -> SpanContext | None:
 def _crashed(run: Run) -> bool:
     """Whether the last holder went without letting go."""
     return run.lease_owner is not None and run.status is RunStatus.RUNNING
+
+
+def _why_again(run: Run) -> str:
+    """Why a run that had begun goes on here."""
+    return "crash" if _crashed(run) else "drain"
 
 
 async def _in_thread(function: Callable[[], Any]) -> None:
